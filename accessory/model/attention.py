@@ -1,0 +1,109 @@
+"""Grouped-query attention with rotary positions, over a cache, packed segments or a plain causal row.
+
+Must not know tokens, the layers around it, or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.dist import Shard
+from accessory.model.cache import Cache
+from accessory.model.parallel import Column, Row, together
+from accessory.model.rope import rotate
+
+BLOCK = 256  # queries whose scores a CPU holds at once
+
+
+@dataclass
+class Step:
+    """What every layer of one forward shares. mask: bool [B, 1, T, S], None for plain causal."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    cache: Cache | None = None
+    rows: Tensor | None = None
+    prompt: Callable[[int, Tensor], Tensor | None] | None = None
+    """(layer, q [B, T, H, D]) -> what a zero-init adapter adds to the attention's output, [B, T, H * D]."""
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over this rank's heads."""
+
+    def __init__(
+        self,
+        layer: int,
+        *,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        qkv_bias: bool,
+        shard: Shard,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, dim // n_heads
+        place = {"shard": shard, "device": device, "dtype": dtype}
+        kv = n_kv_heads * self.head_dim
+        self.wq = Column(dim, dim, units=n_heads, bias=qkv_bias, **place)
+        self.wk = Column(dim, kv, units=n_kv_heads, bias=qkv_bias, **place)
+        self.wv = Column(dim, kv, units=n_kv_heads, bias=qkv_bias, **place)
+        self.wo = Row(dim, dim, **place)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, (self.wq, self.wk, self.wv)))
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)  # (B, T, H, D)
+        if step.cache is None:
+            keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        else:
+            keys, values = step.cache.write(self.layer, step.rows, step.positions, k, v)
+        y = attend(q, keys, values, mask=step.mask)
+        if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
+            y = y + extra
+        return self.wo(y)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, T, H, D] over k, v [B, G, S, D], G dividing H -> [B, T, H * D].
+
+    mask: bool [B or 1, 1, T, S], True where a query may look; None: causal by index (T = S).
+    On CUDA torch's fused kernels run. On a CPU their bf16 backward is several times slower than the formula
+    spelled out, so there it is spelled out, in blocks of queries to bound the memory of the scores.
+    """
+    if q.device.type == "cuda":
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[1]
+        )
+        return y.transpose(1, 2).flatten(2)
+    parts = []
+    for start in range(0, q.shape[1], BLOCK):
+        block = q[:, start : start + BLOCK]
+        stop = start + block.shape[1]
+        if mask is None:  # keys after the block's last query are seen by none of it
+            allowed = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)[None, None]
+            parts.append(_spelled_out(block, k[:, :, :stop], v[:, :, :stop], allowed))
+        else:
+            parts.append(_spelled_out(block, k, v, mask[:, :, start:stop]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _spelled_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """matmul, softmax in fp32, matmul; heads that share a key are folded into the queries."""
+    batch, length, heads, width = q.shape
+    groups = k.shape[1]
+    folded = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)  # (B, G, H/G * T, D)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (folded * width**-0.5) @ k.to(q.dtype).transpose(-1, -2)
+        scores = scores.view(batch, groups, heads // groups, length, -1)
+        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        y = weights.view(batch, groups, -1, weights.shape[-1]) @ v.to(q.dtype)
+    return y.view(batch, heads, length, width).transpose(1, 2).flatten(2)
