@@ -1,0 +1,111 @@
+"""The encoders: tower, reader and projection of one picture put together.
+
+Must not know a language model: `dim` is the width of the rows, and where they go is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from accessory.vision.config import VisionConfig
+from accessory.vision.init import fill, fill_layers, grid_code
+from accessory.vision.projector import Perceiver, projection
+from accessory.vision.qformer import QFormer
+from accessory.vision.tower import build_tower, init_tower, patch_side, read_tokens, token_shape
+
+
+def build_vision(
+    config: VisionConfig,
+    dim: int,
+    *,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Return the encoder of `config` whose rows are `dim` wide.
+
+    On the meta device nothing is allocated: load a state dict with assign=True, or call `to_empty` and `init_weights`.
+    On any other device the weights are drawn from `generator` (a CPU one; seed 0 when None): same seed, same bits.
+
+    The module has
+      slots        feature rows that a picture takes in the token sequence (qformer 34, clip 257, perceiver 0),
+      prompt_rows  rows that are added to an adapter's prefix instead (perceiver 10, else 0),
+      forward      pixels [N, 3, image_size, image_size] -> [N, slots or prompt_rows, dim], without any randomness.
+    Raises ValueError for sizes that do not fit together and for a tower that timm does not build.
+    """
+    encoder = QFormerEncoder if config.kind == "qformer" else ClipEncoder
+    with torch.device("meta"):
+        module = encoder(config, dim).to(dtype)
+    if torch.device(device).type != "meta":
+        module.to_empty(device=device)
+        module.init_weights(generator or torch.Generator().manual_seed(0))
+    return module
+
+
+class QFormerEncoder(nn.Module):
+    """[start] proj(qformer(queries, tower(pixels))) [end], as BLIP-2 reads a picture and Accessory frames it."""
+
+    prompt_rows = 0
+
+    def __init__(self, config: VisionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.slots = config.queries + 2
+        self.tower = build_tower(config)
+        tokens, width = token_shape(self.tower, config.image_size)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.queries, config.hidden))
+        self.qformer = QFormer(config, tokens, width)
+        self.proj = projection(config.hidden, dim)
+        self.start = nn.Parameter(torch.empty(dim))
+        self.end = nn.Parameter(torch.empty(dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = read_tokens(self.tower, pixels, size=self.config.image_size)
+        count = tokens.shape[0]
+        rows = self.proj(self.qformer(self.query_tokens.expand(count, -1, -1), tokens))
+        start, end = (tag.to(rows.dtype).expand(count, 1, -1) for tag in (self.start, self.end))
+        return torch.cat([start, rows, end], dim=1)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw the first weights for training from scratch from a CPU generator."""
+        side = patch_side(self.tower) if self.config.grid_queries else None
+        init_tower(self.tower, self.config, generator)
+        self.qformer.init_weights(generator, side=side)
+        fill_layers(self.proj, generator)
+        for parameter in (self.query_tokens, self.start, self.end):
+            fill(parameter, generator)
+        if side is not None:
+            with torch.no_grad():
+                self.query_tokens[0].copy_(grid_code(round(self.config.queries**0.5), self.config.hidden, side=side))
+
+
+class ClipEncoder(nn.Module):
+    """proj(tower_proj(tower(pixels))): every token of CLIP's last layer, class token first.
+
+    Kind clip makes them `dim` wide and is done. Kind perceiver makes them `hidden` wide, and its queries read them:
+    rows for an adapter's prefix, none for the sequence.
+    """
+
+    def __init__(self, config: VisionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tower = build_tower(config)
+        tokens, width = token_shape(self.tower, config.image_size)
+        self.tower_proj = nn.Linear(width, config.tower_proj, bias=False) if config.tower_proj else nn.Identity()
+        perceives = config.kind == "perceiver"
+        self.proj = projection(config.tower_proj or width, config.hidden if perceives else dim)
+        self.perceiver = Perceiver(config, dim) if perceives else nn.Identity()
+        self.slots, self.prompt_rows = (0, config.queries) if perceives else (tokens, 0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = read_tokens(self.tower, pixels, size=self.config.image_size)
+        return self.perceiver(self.proj(self.tower_proj(tokens)))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw the first weights for training from scratch from a CPU generator."""
+        init_tower(self.tower, self.config, generator)
+        for part in (self.tower_proj, self.proj, self.perceiver):
+            fill_layers(part, generator)
+        if self.prompt_rows:
+            fill(self.perceiver.query, generator)
