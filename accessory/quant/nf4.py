@@ -1,0 +1,105 @@
+"""NF4 storage (QLoRA, arXiv 2305.14314): 4-bit codes in blocks of 64, their scales quantised once more to 8 bits.
+
+Must not know layers beyond the Linear seam. bitsandbytes makes and reads the codes; its fused CPU path is not used,
+because it repacks the weight in place and later gives no input gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.model.parallel import Linear
+
+BLOCK, NESTED_BLOCK = 64, 256
+
+
+class Nf4(nn.Module):
+    """The weight of one Linear, [out, in], at about 4.13 bits per element; `forward` is x W^T + b.
+
+    All of it are buffers, so that moving, gathering and broadcasting a model takes the scales along.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    code: Tensor
+    nested_code: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        """Quantise a 16- or 32-bit [out, in] weight where it lies (CPU or CUDA)."""
+        from bitsandbytes import functional
+
+        super().__init__()
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        offset = torch.as_tensor(state.offset, device=weight.device, dtype=torch.float32)
+        tensors = {
+            "packed": packed,
+            "absmax": state.absmax,
+            "nested_absmax": state.state2.absmax,
+            "offset": offset,
+            "code": state.code,
+            "nested_code": state.state2.code,
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def dequantised(self) -> Tensor:
+        """The weight again, [out, in], in the dtype it came in."""
+        from bitsandbytes import functional
+
+        return functional.dequantize_4bit(self.packed, self._state())
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype (autocast's, where that is on)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.device.type == "cuda" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            from bitsandbytes import matmul_4bit
+
+            return matmul_4bit(x, self.packed.t(), quant_state=self._state(), bias=bias)
+        y = _Product.apply(x, self)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _state(self) -> object:
+        """bitsandbytes' description of the buffers."""
+        from bitsandbytes.functional import QuantState
+
+        nested = QuantState(
+            absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
+        return QuantState(
+            absmax=self.absmax,
+            shape=torch.Size(self.shape),
+            dtype=self.dtype,
+            blocksize=BLOCK,
+            code=self.code,
+            quant_type="nf4",
+            offset=self.offset,
+            state2=nested,
+        )
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with W dequantised for the moment, forward and backward; W itself is frozen."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, storage: Nf4) -> Tensor:
+        ctx.storage = storage
+        return F.linear(x, storage.dequantised().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.storage.dequantised().to(grad.dtype), None
+
+
+def quantise(linear: Linear, weight: Tensor) -> None:
+    """Give a Linear NF4 storage made of `weight` (its local slice) in place of its own weight."""
+    assert tuple(weight.shape) == linear.cuts["weight"].local_shape, (weight.shape, linear.cuts["weight"])
+    linear.weight = None
+    linear.storage = Nf4(weight)
