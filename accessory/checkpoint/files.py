@@ -1,0 +1,179 @@
+"""Recognises a folder of weights: its form, its shards in order, and the small files beside them.
+
+Must not know names or shapes of tensors; it looks at file names and JSON only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accessory.checkpoint import manifest
+
+FORMS = {
+    "meta": "Meta's (consolidated.NN.pth)",
+    "accessory": "Accessory's (consolidated.NN-of-MM.model.*)",
+    "old": "the oldest Accessory's (consolidated.NN-of-MM.pth)",
+    "delta": "delta weights (consolidated.NN-of-MM.model-diff.*)",
+}
+_INDEX, _COUNT, _EXT = r"(?P<index>\d{2,})", r"(?P<count>\d{2,})", r"(?P<ext>pth|safetensors)"
+_SHARDS = (
+    ("meta", re.compile(rf"consolidated\.{_INDEX}\.{_EXT}")),
+    ("meta", re.compile(rf"consolidated\.{_EXT}")),
+    ("accessory", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.model\.{_EXT}")),
+    ("old", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.(?P<ext>pth)")),
+    ("delta", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.model-diff\.{_EXT}")),
+)
+# a training run's state beside its weights: never loaded here, but counted
+_LEFTOVER = re.compile(r"consolidated\..*\.(optimizer|other)\.\w+|rank-specific-.*|(optimizer|trainer)[.-].*")
+_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
+EXACT = "exact.safetensors"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A recognised folder of weights; nothing of it but JSON has been read."""
+
+    path: Path
+    form: str
+    """meta, accessory (the oldest too) or delta."""
+    shards: tuple[Path, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json or params.json; empty where there is none (legacy folders)."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    exact: Path | None = None
+    """What a delta of ours cannot say in its own dtype."""
+    leftovers: int = 0
+    """Files of a training run (optimiser, loader state) that were passed over."""
+
+
+def recognise(path: str | Path) -> Folder:
+    """Find out what a folder of weights is. Raises ValueError, in one sentence, when it is none that can be read."""
+    folder = Path(path)
+    if str(path).startswith("hf://"):
+        raise ValueError(f"{path}: is on the hub, expected a folder here; fetch it first (tools/download.py)")
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such folder; give the folder that holds the consolidated.* files")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder of weights; give {folder.parent}")
+    listing = sorted(entry.name for entry in folder.iterdir())
+    if manifest.UNFINISHED in listing:
+        raise ValueError(
+            f"{folder}: writing it was cut short ({manifest.UNFINISHED} lies in it); delete it and write it again"
+        )
+    form, found = _shards(folder, listing)
+    exact = folder / EXACT if form == "delta" and EXACT in listing else None
+    return Folder(
+        path=folder,
+        form="accessory" if form == "old" else form,
+        shards=tuple(folder / name for name in found),
+        config=_config(folder, listing, form),
+        meta=manifest.load_json(folder / "meta.json") if "meta.json" in listing else {},
+        tokenizer=_tokenizer(folder, form),
+        exact=exact,
+        leftovers=sum(1 for name in listing if _LEFTOVER.fullmatch(name)),
+    )
+
+
+def check_written(folder: Folder, *, ours: bool) -> None:
+    """Refuse a folder of ours that was not written to its end or lost files since: sizes and names, by its manifest.
+
+    `ours`: its files say that this program wrote them; folders of others need no manifest.
+    """
+    entries = manifest.read(folder.path)
+    if entries is None:
+        if ours:
+            raise ValueError(
+                f"{folder.path}: has no {manifest.NAME}, which completes every folder of ours: writing or copying it"
+                " was cut short; write it again, or copy all of its files"
+            )
+        return
+    faults = manifest.faults(folder.path)
+    faults += [f"{shard.name} is not in {manifest.NAME}" for shard in folder.shards if shard.name not in entries]
+    if faults:
+        raise ValueError(f"{folder.path}: damaged ({few(faults, ';')}); write it again, or copy all of its files")
+
+
+def few(things: Iterable[str], mark: str = ",", *, most: int = 8) -> str:
+    """Join the first few of many things, and count the others."""
+    things = list(things)
+    more = f"{mark} and {len(things) - most} more" if len(things) > most else ""
+    return f"{mark} ".join(things[:most]) + more
+
+
+def _shards(folder: Path, listing: list[str]) -> tuple[str, list[str]]:
+    """The form of the folder and its shards in order."""
+    groups: dict[tuple[str, str, str, int], dict[int, str]] = {}
+    for name in listing:
+        for form, pattern in _SHARDS:
+            if match := pattern.fullmatch(name):
+                parts = match.groupdict()
+                index = parts.get("index") or ""
+                group = groups.setdefault((form, parts["ext"], parts.get("count") or "", len(index)), {})
+                group[int(index or 0)] = name
+    if not groups:
+        raise ValueError(_no_shards(folder, listing))
+    if len(groups) > 1:
+        heads = [f"{len(group)} x {min(group.values())}" for group in groups.values()]
+        raise ValueError(
+            f"{folder}: mixes {len(groups)} sets of weights ({few(heads)}), expected one; move the others into a folder"
+            " of their own (tools/reshard.py writes another number of shards or format)"
+        )
+    (form, _, count, _), group = next(iter(groups.items()))
+    wanted = int(count) if count else max(group) + 1
+    missing = [str(index).zfill(2) for index in range(wanted) if index not in group]
+    if missing or len(group) != wanted:
+        raise ValueError(
+            f"{folder}: of {wanted} shards in {FORMS[form]} form it holds {len(group)}"
+            f" ({few(group.values())}), missing {few(missing) or 'none'}; fetch or copy the folder again"
+        )
+    return form, [group[index] for index in range(wanted)]
+
+
+def _no_shards(folder: Path, listing: list[str]) -> str:
+    """The sentence for a folder without consolidated.* files: what it is instead, and what to do."""
+    if "adapter_config.json" in listing:
+        return f"{folder}: a Hugging Face PEFT adapter, which this version does not read; merge it with peft first"
+    if any(_WEIGHTS.fullmatch(name) for name in listing):
+        return (
+            f"{folder}: weights in Hugging Face form, which this version does not read; give the model's original"
+            " consolidated.* files" + _hint(folder, listing)
+        )
+    if gguf := [name for name in listing if name.endswith(".gguf")]:
+        return f"{folder}: weights of llama.cpp ({gguf[0]}), which are not read; give the original weights"
+    holds = f"it holds {few(listing, most=5)}" if listing else "it is empty"
+    what = "only a training run's state" if any(_LEFTOVER.fullmatch(name) for name in listing) else "no weights"
+    hint = _hint(folder, listing)
+    return f"{folder}: {what} here, expected consolidated.* files, and {holds}; give another folder{hint}"
+
+
+def _hint(folder: Path, listing: list[str]) -> str:
+    """Names of folders inside that do hold weights."""
+    inside = [
+        name
+        for name in listing
+        if (folder / name).is_dir() and any((folder / name).glob("consolidated.*")) and not name.startswith(".")
+    ]
+    return f" such as {few((str(folder / name) for name in inside), ' or', most=3)}" if inside else ""
+
+
+def _config(folder: Path, listing: list[str], form: str) -> dict[str, Any]:
+    """The model's fields: params.json of Meta, config.json of Accessory; either may lie in either."""
+    order = ("params.json", "config.json") if form == "meta" else ("config.json", "params.json")
+    for name in order:
+        if name in listing:
+            config = manifest.load_json(folder / name)
+            if "architectures" not in config:  # Hugging Face's, beside Meta's files
+                return config
+    return {}
+
+
+def _tokenizer(folder: Path, form: str) -> Path | None:
+    """The tokenizer file; Meta's releases keep it one folder up."""
+    places = [folder, folder.parent] if form == "meta" else [folder]
+    found = (place / name for place in places for name in ("tokenizer.model", "tokenizer.json"))
+    return next((path for path in found if path.is_file()), None)

@@ -1,0 +1,217 @@
+"""Opens folders of weights and yields a rank's tensors, reading the bytes it needs and checking names and shapes first.
+
+Must not know a model: what is wanted comes as cuts.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.checkpoint import delta
+from accessory.checkpoint.files import Folder, few, recognise
+from accessory.checkpoint.headers import Spec
+from accessory.checkpoint.reshard import Join
+from accessory.checkpoint.source import Source
+from accessory.dist import Cut
+
+
+def open_folders(paths: Sequence[str | Path] | str | Path) -> Checkpoint:
+    """Open a base folder, then delta or partial (PEFT) folders that add to it or replace its keys, in this order.
+
+    Only headers are read. Raises ValueError, in one sentence naming the folder, for a folder that is not recognised,
+    mixes forms, lacks shards, is damaged or unfinished, and for a delta in the first place.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise ValueError("no folder of weights was given; pass at least the base model's (--pretrained_path)")
+    sources = [Source(recognise(path)) for path in paths]
+    if sources[0].folder.form == "delta":
+        raise ValueError(
+            f"{sources[0].folder.path}: holds delta weights, which mean nothing without their base; give the base"
+            " folder first, then this one"
+        )
+    return Checkpoint(sources)
+
+
+class Checkpoint:
+    """A base folder and what lies on top of it, as one set of tensors under canonical names.
+
+    config: the model's fields (params.json or config.json, {} where there is none); meta: `llama_type` and what else
+    meta.json says; later folders override what they set. tokenizer: the last folder's that has one. folders: each
+    folder's form, shards and path.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Merge the small files: later folders override fields that they set."""
+        self.sources = tuple(sources)
+        self.folders = tuple(source.folder for source in sources)
+        self.config: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}
+        for folder in self.folders:
+            for merged, own in ((self.config, folder.config), (self.meta, folder.meta)):
+                merged.update({key: value for key, value in own.items() if value is not None or key not in merged})
+        for private in ("writer", "restores"):
+            self.meta.pop(private, None)
+        self.tokenizer: Path | None = next((f.tokenizer for f in reversed(self.folders) if f.tokenizer), None)
+
+    def specs(self) -> dict[str, Spec]:
+        """Full shape and result dtype of every tensor, by the format's table: for tools, which have no model.
+
+        Raises ValueError naming tensors whose shards do not fit together.
+        """
+        joins, faults = {}, []
+        for source in self.sources:
+            for key in source.stored:
+                join = source.guess(key)
+                known = joins.setdefault(key, join)
+                if join is None:
+                    faults.append(f"{source.folder.path}: {source.where(key)}, which cannot be joined")
+                elif known is not None and known.shape != join.shape:
+                    faults.append(f"{source.folder.path}: {source.where(key)}, expected {known.shape} in all")
+        if faults:
+            raise ValueError(f"{few(faults, ';')}; give folders of the same model")
+        return {key: Spec(join.shape, self.dtype_of(key)) for key, join in joins.items()}
+
+    def cuts(self) -> dict[str, Cut]:
+        """A cut per tensor that holds all of it."""
+        return {key: Cut(spec.shape) for key, spec in self.specs().items()}
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """The dtype of a tensor: as stored; a sum's is its base's, unless the delta recorded the finetuned one's."""
+        holders = [source for source in self.sources if key in source.stored]
+        plain = [source for source in holders if not source.is_delta]
+        restored = holders[-1].restores.get(key, holders[-1].restores.get(""))
+        if restored is not None:
+            return restored
+        if plain:
+            return plain[-1].stored[key].dtype
+        stored = holders[0].stored[key].dtype
+        return self.main_dtype() if stored.is_floating_point else stored
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most of the base folder's tensors."""
+        counts: dict[torch.dtype, int] = {}
+        for stored in self.sources[0].stored.values():
+            counts[stored.dtype] = counts.get(stored.dtype, 0) + 1
+        return max(counts, key=counts.__getitem__, default=torch.float32)
+
+    def tensors(
+        self, cuts: Mapping[str, Cut], *, dtype: torch.dtype | None = None, optional: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Check all names and shapes, then yield (key, local tensor, padded as its cut says) in the order of `cuts`.
+
+        One tensor is read at a time, and of it only the bytes that the cut needs. dtype: of floating-point results,
+        None as stored. optional: keys that may be absent, which are then not yielded. Raises ValueError, before the
+        first tensor, naming every key (the first ones, then their number) that is missing, unexpected or misshaped.
+        """
+        plan = self._plan(cuts, optional)
+        return self._read(plan, cuts, dtype)
+
+    def _read(
+        self, plan: list[tuple[str, list[tuple[Source, Join]]]], cuts: Mapping[str, Cut], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the planned tensors."""
+        desk = _Desk()
+        try:
+            for key, holders in plan:
+                result = self.dtype_of(key)
+                wanted = result if dtype is None or not result.is_floating_point else dtype
+                start = max((i for i, (source, _) in enumerate(holders) if not source.is_delta), default=0)
+                out = torch.empty(cuts[key].local_shape, dtype=wanted)
+                if start == len(holders) - 1 and not holders[start][0].restores:
+                    yield key, holders[start][0].read(key, holders[start][1], cuts[key], out=out)
+                else:
+                    yield key, out.copy_(_sum(key, holders[start:], cuts[key], desk))
+        finally:
+            for source in self.sources:
+                source.release()
+
+    def _plan(self, cuts: Mapping[str, Cut], optional: Collection[str]) -> list[tuple[str, list[tuple[Source, Join]]]]:
+        """Who holds each wanted tensor, and how. ValueError for what is missing, unexpected or misshaped."""
+        plan, missing, misshaped = [], [], []
+        for key, piece in cuts.items():
+            holders = []
+            for source in self.sources:
+                if key in source.stored:
+                    join = source.find(key, piece.shape)
+                    if join is None:
+                        misshaped.append(f"{source.folder.path}: {source.where(key)}, expected {piece.shape} in all")
+                    holders.append((source, join))
+            if holders:
+                plan.append((key, holders))
+            elif key not in optional:
+                missing.append(key)
+        unexpected = [
+            f"{key} in {source.folder.path / source.folder.shards[0].name}"
+            for source in self.sources
+            for key in source.stored
+            if key not in cuts
+        ]
+        self._refuse(missing, unexpected, misshaped)
+        return plan
+
+    def _refuse(self, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
+        """Raise one ValueError for all that does not fit."""
+        faults = []
+        if missing:
+            base = self.sources[0]
+            files = few((path.name for path in base.folder.shards), most=2)
+            faults.append(f"{len(missing)} missing in {_paths(self.folders)} ({files}): {few(missing)}")
+        if unexpected:
+            faults.append(f"{len(unexpected)} unexpected: {few(unexpected)}")
+        if misshaped:
+            faults.append(f"{len(misshaped)} misshaped: {few(misshaped, ';')}")
+        if not faults:
+            return
+        remedy = "give the config that belongs to these weights"
+        if missing and "tok_embeddings.weight" in missing and len(self.sources) == 1:
+            remedy = "this folder holds only some tensors (a PEFT or partial one?): give its base folder before it"
+        raise ValueError(f"weights do not fit the model: {'; '.join(faults)}; {remedy}")
+
+
+def _paths(folders: Sequence[Folder]) -> str:
+    """The folders' paths."""
+    return ", ".join(str(folder.path) for folder in folders)
+
+
+def _sum(key: str, holders: list[tuple[Source, Join]], piece: Cut, desk: _Desk) -> Tensor:
+    """The last plain tensor and the deltas after it, added in fp32 on the desk."""
+    total, term = (desk.sheet(number, piece.local_shape) for number in range(2))
+    for place, (source, join) in enumerate(holders):
+        if place:
+            total.add_(source.read(key, join, piece, out=term))
+        else:
+            source.read(key, join, piece, out=total)
+        if source.restores:  # a delta of ours: what it gives has the finetuned dtype, and the exceptions in place
+            given = desk.sheet(2, piece.local_shape, source.restores.get(key, source.restores[""])).copy_(total)
+            if (rows := source.exceptions(key)) is not None:
+                delta.set_exceptions(given, rows, piece)
+            if place == len(holders) - 1:
+                return given
+            total.copy_(given)
+    return total
+
+
+class _Desk:
+    """Room for sums, used again for every tensor and given back to the system at the end.
+
+    Tensors allocated and freed between ones that are kept would leave holes: glibc takes those of up to 32 MB from its
+    heap, and memory grew to 2.5 times what was kept.
+    """
+
+    def __init__(self) -> None:
+        self._sheets: dict[int, Tensor] = {}
+
+    def sheet(self, number: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor; it shares its memory with the earlier ones of that number."""
+        nbytes = max(1, prod(shape) * dtype.itemsize)
+        if number not in self._sheets or self._sheets[number].nbytes < nbytes:
+            self._sheets[number] = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        return self._sheets[number][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
