@@ -1,0 +1,256 @@
+"""Joins the strangers: builds on meta, adds vision, then PEFT, then loads, quantising as tensors arrive, then fuses.
+
+Must not know conversations or files' forms; the order of these steps is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from accessory.checkpoint import Checkpoint, open_folders
+from accessory.checkpoint.manifest import load_json
+from accessory.data.tokenizer import Tokenizer, open_tokenizer
+from accessory.dist import Ranks, Shard, default_dtype
+from accessory.model import Linear, Llama, LlamaConfig, cuts_of
+from accessory.peft import PeftConfig, apply_peft
+from accessory.vision import VisionConfig, build_vision
+
+log = logging.getLogger(__name__)
+
+TINY = Path(__file__).parent / "tiny"
+
+# the reference's names for compositions: (kind of vision or None, what PEFT adds unless the config says otherwise)
+TYPES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "llama": ("clip", {}),
+    "llama_peft": ("clip", {"bias_tuning": True, "norm_tuning": True}),
+    "llama_adapter": ("perceiver", {"bias_tuning": True, "norm_tuning": True, "prefix_len": 10}),
+    "llama_qformerv2": ("qformer", {}),
+    "llama_qformerv2_peft": ("qformer", {"bias_tuning": True, "norm_tuning": True}),
+}
+# what configs carry and no part of the model reads
+PASSED_OVER = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder", "lora_args", "quantization_args"}
+DEFAULT_WINDOW = 4096  # Llama 2's; Meta's params.json does not say
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that decides which parameters a model has."""
+
+    llama_type: str
+    llama: LlamaConfig
+    vision: VisionConfig | None = None
+    peft: PeftConfig = PeftConfig()
+    template: str | None = None
+
+
+@dataclass
+class Bundle:
+    """A model that is ready to answer, and what belongs to it."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    config: LlamaConfig
+    vision: VisionConfig | None
+    template: str
+    llama_type: str
+    source: str
+    dtype: torch.dtype
+
+
+def open_model(
+    paths: Sequence[str | Path] = (),
+    *,
+    ranks: Ranks,
+    llama_type: str | None = None,
+    llama_config: Sequence[str | Path] = (),
+    tokenizer_path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    quant: bool = False,
+    max_seq_len: int | None = None,
+) -> Bundle:
+    """Open folders of weights (base, then delta or PEFT folders in order) as this rank's model, for inference.
+
+    Without paths: the tiny model that ships with the package. llama_type, llama_config (JSON files, later ones
+    override) and tokenizer_path are needed only where the folders do not say. dtype: of weights and computation, None
+    for the device's default. quant: NF4 storage of the seven linears of each layer. max_seq_len: the window in tokens.
+    Raises ValueError or OSError, in one sentence, for anything that does not fit; then nothing is half loaded.
+    """
+    if not paths:
+        log.info(
+            "no --pretrained_path given: using the tiny model that ships with Accessory (drawings and digits only)"
+        )
+        paths = [TINY]
+    checkpoint = open_folders(paths)
+    keys = {key for source in checkpoint.sources for key in source.stored}
+    tokenizer = open_tokenizer(_tokenizer_path(checkpoint, tokenizer_path))
+    overrides = {"max_seq_len": max_seq_len} if max_seq_len else {}
+    config = {**checkpoint.config, **read_configs(llama_config), **overrides}
+    spec = read_spec(
+        config, llama_type=llama_type or checkpoint.meta.get("llama_type"), keys=keys, vocab_size=tokenizer.size
+    )
+    dtype = default_dtype(ranks.device, checkpoint.main_dtype()) if dtype is None else dtype
+    model = build(spec, shard=ranks.shard, dtype=dtype)
+    load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
+    model.eval().requires_grad_(False)
+    if not quant:
+        model.fuse()
+    source = ", ".join(str(folder.path) for folder in checkpoint.folders)
+    return Bundle(
+        model=model,
+        tokenizer=tokenizer,
+        config=spec.llama,
+        vision=spec.vision,
+        template=spec.template or "alpaca",
+        llama_type=spec.llama_type,
+        source=source,
+        dtype=dtype,
+    )
+
+
+def build(spec: Spec, *, shard: Shard | None = None, dtype: torch.dtype = torch.float32) -> Llama:
+    """The whole model on the meta device: the decoder, `model.vision` where it sees, and what PEFT adds."""
+    model = Llama(spec.llama, shard, device="meta", dtype=dtype)
+    if spec.vision is not None:
+        model.vision = build_vision(spec.vision, spec.llama.dim, device="meta", dtype=dtype)
+    apply_peft(model, spec.peft, device="meta", dtype=dtype)
+    return model
+
+
+def load(
+    model: Llama,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    quant: bool = False,
+    optional: Collection[str] = (),
+) -> None:
+    """Put this rank's slices of every tensor in place of the meta parameters, one at a time, strictly.
+
+    quant: the weights of the layers' linears become NF4 as they arrive, so no more than one of them is whole at once;
+    embedding, head, norms, vision and PEFT keep their dtype.
+    """
+    if quant:
+        from accessory.quant import quantise
+    modules = dict(model.named_modules())
+    for key, tensor in checkpoint.tensors(cuts_of(model), dtype=dtype, optional=optional):
+        owner, _, leaf = key.rpartition(".")
+        module, tensor = modules[owner], tensor.to(device)
+        if quant and leaf == "weight" and isinstance(module, Linear):
+            quantise(module, tensor)
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in optional]
+    left += [name for name, tensor in model.named_buffers() if tensor.is_meta]
+    assert not left, f"nothing was loaded into {left[:5]}"
+
+
+def read_configs(paths: Sequence[str | Path]) -> dict[str, Any]:
+    """The union of JSON files; later files override."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged.update(load_json(path))
+    return merged
+
+
+def read_spec(
+    config: Mapping[str, Any],
+    *,
+    llama_type: str | None = None,
+    keys: Collection[str] = (),
+    vocab_size: int | None = None,
+) -> Spec:
+    """Sort a flat config (config.json, params.json and overrides, as the reference's) into the parts of a model.
+
+    keys: the checkpoint's canonical names, which decide what the config leaves open: whether the model sees, and its
+    type where nobody named it. vocab_size: the tokenizer's, for configs that say -1 or nothing.
+    Raises ValueError for unknown types and keys, and for a tokenizer that cannot be this model's.
+    """
+    config = {key: value for key, value in config.items() if key not in PASSED_OVER}
+    sees = "vision" in config or any(key.startswith("vision.") for key in keys)
+    kind = _type_of(keys) if llama_type is None else llama_type
+    if kind not in TYPES:
+        raise ValueError(f"llama_type: got {kind!r}, expected one of {', '.join(TYPES)}")
+    vision_kind, peft_defaults = TYPES[kind]
+    vision = config.pop("vision", None)
+    vision = VisionConfig.reference(vision_kind) if sees and vision is None else vision
+    if isinstance(vision, Mapping):
+        vision = VisionConfig.from_dict(vision)
+    template = config.pop("template", None)
+    peft = {**peft_defaults, **{name: config.pop(name) for name in _names(PeftConfig) if name in config}}
+    if kind == "llama_adapter" and not peft.get("prefix_layers"):
+        peft["prefix_layers"] = config.get("n_layers", LlamaConfig.n_layers)
+    if kind in ("llama", "llama_qformerv2"):
+        peft = {}
+    llama = _llama_config(config, keys, vocab_size)
+    return Spec(llama_type=kind, llama=llama, vision=vision, peft=PeftConfig(**peft), template=template)
+
+
+def _llama_config(config: dict[str, Any], keys: Collection[str], vocab_size: int | None) -> LlamaConfig:
+    """Meta's params.json (or our config.json) as a LlamaConfig."""
+    config = dict(config)
+    if config.pop("use_scaled_rope", False):  # Llama 3.1 and later, as Meta writes it
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": float(config.pop("rope_scaling_factor", 8)),
+            "low_freq_factor": float(config.pop("low_freq_factor", 1)),
+            "high_freq_factor": float(config.pop("high_freq_factor", 4)),
+            "original_max_position_embeddings": 8192,
+        }
+    unknown = sorted(set(config) - _names(LlamaConfig))
+    if unknown:
+        raise ValueError(
+            f"config: got unknown {', '.join(unknown)}, expected fields of {', '.join(sorted(_names(LlamaConfig)))}"
+        )
+    if keys and "output.weight" not in keys and "tok_embeddings.weight" in keys:
+        config.setdefault("tied", True)
+    if not config.get("max_seq_len"):
+        config["max_seq_len"] = DEFAULT_WINDOW
+    rows = config.get("vocab_size") or -1
+    if rows == -1:
+        config["vocab_size"] = vocab_size
+    elif vocab_size is not None and not vocab_size <= rows <= vocab_size * 1.05 + 256:
+        raise ValueError(
+            f"tokenizer: got {vocab_size} tokens for a model of {rows}, expected as many; give its own tokenizer"
+            " with --tokenizer_path"
+        )
+    if config["vocab_size"] is None:
+        raise ValueError("vocab_size: got none from config or tokenizer, expected a number; give --tokenizer_path")
+    return LlamaConfig(**config)
+
+
+def _type_of(keys: Collection[str]) -> str:
+    """The composition that a folder without meta.json must be, by its tensors."""
+    if any(key.startswith("prefix") for key in keys):
+        return "llama_adapter"
+    peft = any(key.startswith("layers.") and (key.endswith("wo.bias") or ".lora_" in key) for key in keys)
+    kind = (
+        "llama_qformerv2"
+        if any(key.startswith(("vision.qformer.", "vision.query_tokens")) for key in keys)
+        else "llama"
+    )
+    return f"{kind}_peft" if peft else kind
+
+
+def _names(config: type) -> set[str]:
+    """The fields of a config dataclass."""
+    return {field.name for field in fields(config)}
+
+
+def _tokenizer_path(checkpoint: Checkpoint, given: str | Path | None) -> str | Path:
+    """The tokenizer to open. ValueError where there is none."""
+    if given is not None:
+        return given
+    if checkpoint.tokenizer is None:
+        where = ", ".join(str(folder.path) for folder in checkpoint.folders)
+        raise ValueError(
+            f"{where}: no tokenizer in it, expected tokenizer.model or tokenizer.json; give --tokenizer_path"
+        )
+    return checkpoint.tokenizer

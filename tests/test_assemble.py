@@ -1,0 +1,147 @@
+"""Every composition opens from a folder, at any tensor-parallel size, strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures import toys
+from meta import positions_of, whole_weights
+
+from accessory.assemble import TYPES, build, open_model, read_spec
+from accessory.checkpoint import write_folder
+from accessory.dist import Ranks, Shard
+from spawn import run_ranks
+
+ONE = Ranks(0, 1, 0, Shard(), 0, 1, torch.device("cpu"))
+SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "max_seq_len": 64}
+TOWER = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+VISION: dict[str, dict[str, Any]] = {
+    "qformer": {"queries": 4, "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64},
+    "clip": {"tower_proj": 24},
+    "perceiver": {"tower_proj": 24, "queries": 3, "hidden": 24, "layers": 1, "heads": 2},
+}
+PEFT: dict[str, dict[str, Any]] = {
+    "llama_peft": {"lora_rank": 4},
+    "llama_qformerv2_peft": {"lora_rank": 4},
+    "llama_adapter": {"prefix_layers": 1, "prefix_len": 3},
+}
+IDS = torch.randint(0, 100, (1, 6), generator=torch.Generator().manual_seed(0))
+
+
+def write(folder: Path, kind: str, *, sees: bool = True, drop: tuple[str, ...] = ()) -> Path:
+    """A folder of random weights of this composition."""
+    (folder.parent / "spm.model").write_bytes(toys.sentencepiece_model())
+    from accessory.data.tokenizer import open_tokenizer
+
+    vision = TYPES[kind][0]
+    rows = open_tokenizer(folder.parent / "spm.model").size
+    config = {**SIZES, "vocab_size": rows, **PEFT.get(kind, {})}
+    if sees:
+        config["vision"] = {"kind": vision, "image_size": 16, "tower_args": TOWER, **VISION[vision]}
+    weights = whole_weights(build(read_spec(config, llama_type=kind)), std=0.2)
+    kept = {key: tensor for key, tensor in weights.items() if not key.endswith(drop)} if drop else weights
+    meta = {"llama_type": kind}
+    write_folder(folder, kept, config=config, meta=meta, tokenizer=folder.parent / "spm.model")
+    return folder
+
+
+def answer(ranks: Ranks, folder: Path, **options: Any) -> torch.Tensor:
+    """Logits for a picture (where the model sees) and a few ids."""
+    bundle = open_model([folder], ranks=ranks, dtype=torch.float32, **options)
+    model, inputs = bundle.model, {}
+    with torch.no_grad():
+        if bundle.vision is not None:
+            pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+            features = model.vision(pixels)
+            if bundle.vision.kind == "perceiver":
+                inputs["visual"] = features
+            else:
+                slots = torch.full((1, 6), -1)
+                slots[0, 1:4] = torch.arange(3)
+                inputs |= {"features": features.flatten(0, 1), "slots": slots}
+        return model.output(model(IDS, positions_of(IDS), **inputs))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_opens_from_its_folder_alone(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", kind)
+    bundle = open_model([folder], ranks=ONE, dtype=torch.float32)
+    assert bundle.llama_type == kind and bundle.vision.kind == TYPES[kind][0] and bundle.dtype == torch.float32
+    assert answer(ONE, folder).std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama_qformerv2_peft", "llama_adapter"])
+def test_two_and_four_ranks_compute_what_one_does(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", kind)
+    expected = answer(ONE, folder)
+    for tp in (2, 4):
+        for logits in run_ranks(answer, tp, folder):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_quantised_linears_answer_nearly_the_same(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "llama_qformerv2_peft")
+    exact, rough = answer(ONE, folder), answer(ONE, folder, quant=True)
+    assert 0 < (rough - exact).norm() / exact.norm() < 0.5
+
+
+def test_a_text_model_has_no_vision(tmp_path: Path) -> None:
+    bundle = open_model([write(tmp_path / "model", "llama", sees=False)], ranks=ONE)
+    assert bundle.vision is None and not hasattr(bundle.model, "vision")
+
+
+def test_a_folder_without_its_lora_weights_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "llama_peft", sees=False, drop=("lora_b.weight",))
+    with pytest.raises(ValueError, match=r"14 missing in .*lora_b\.weight"):
+        open_model([folder], ranks=ONE)
+
+
+def test_a_base_and_its_peft_folder_open_as_one(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", "llama_peft", sees=False)
+    bundle = open_model([whole], ranks=ONE, dtype=torch.float32)
+    state = {k: v.clone() for k, v in whole_weights(bundle.model, std=0.2).items()}
+    added = {k for k in state if ".lora_" in k or k.endswith("bias")}
+    base, peft = tmp_path / "base", tmp_path / "peft"
+    config = json.loads((whole / "config.json").read_text())
+    plain = {k: v for k, v in config.items() if k != "lora_rank"}
+    write_folder(base, {k: state[k] for k in state if k not in added}, config=plain, meta={"llama_type": "llama"})
+    part = {k: state[k] for k in added}
+    write_folder(peft, part, config=config, meta={"llama_type": "llama_peft"}, tokenizer=whole / "tokenizer.model")
+    both = open_model([base, peft], ranks=ONE, dtype=torch.float32).model
+    assert both.layers[0].attention.wq.lora_a.weight is not None
+    assert torch.equal(
+        both.state_dict()["layers.1.feed_forward.w2.lora_b.weight"], state["layers.1.feed_forward.w2.lora_b.weight"]
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer: got 300 tokens for a model of 32000"):
+        read_spec({"dim": 8192, "vocab_size": 32000}, vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "word"),
+    [
+        ({"dimm": 4}, None, "dimm"),
+        ({}, "llama_ens", "llama_type: got 'llama_ens'"),
+        ({"vocab_size": -1}, None, "vocab_size"),
+    ],
+)
+def test_unknown_keys_and_types_are_refused(config: dict, kind: str | None, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        read_spec(config, llama_type=kind)
+
+
+def test_metas_llama_3_1_scaling_is_understood() -> None:
+    spec = read_spec({"dim": 64, "n_heads": 4, "use_scaled_rope": True, "rope_theta": 5e5}, vocab_size=100)
+    assert spec.llama.rope_scaling["rope_type"] == "llama3" and spec.llama.rope_scaling["factor"] == 8.0
+
+
+def test_a_legacy_config_of_the_reference_is_understood() -> None:
+    saved = {"dim": 64, "n_heads": 4, "n_kv_heads": None, "vocab_size": 100, "max_batch_size": 32, "max_seq_len": 512}
+    spec = read_spec({**saved, "rope_scaling": None, "lora_rank": 16, "bias_tuning": True}, llama_type="llama_peft")
+    assert spec.peft.lora_rank == 16 and spec.peft.norm_tuning and spec.llama.max_seq_len == 512
