@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dist import Shard
-from accessory.model.cache import Cache
+from accessory.model.cache import Cache, Place
 from accessory.model.parallel import Column, Row, together
 from accessory.model.rope import rotate
 
-BLOCK = 256  # queries whose scores a CPU holds at once
+BLOCK = 128  # queries whose scores a CPU holds at once
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Step:
     """What every layer of one forward shares. mask: bool [B, 1, T, S], None for plain causal."""
 
     positions: Tensor
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
     mask: Tensor | None
     cache: Cache | None = None
     rows: Tensor | None = None
+    place: Place | None = None
     prompt: Callable[[int, Tensor], Tensor | None] | None = None
     """(layer, q [B, T, H, D]) -> what a zero-init adapter adds to the attention's output, [B, T, H * D]."""
 
@@ -60,11 +60,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, (self.wq, self.wk, self.wv)))
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)  # (B, T, H, D)
+        q, k = rotate(q, step.turns), rotate(k, step.turns)  # (B, T, H, D)
         if step.cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            keys, values = step.cache.write(self.layer, step.rows, step.positions, k, v)
+            keys, values = step.cache.write(self.layer, step.place, k, v)
         y = attend(q, keys, values, mask=step.mask)
         if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
             y = y + extra
@@ -83,27 +83,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
             q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[1]
         )
         return y.transpose(1, 2).flatten(2)
-    parts = []
-    for start in range(0, q.shape[1], BLOCK):
-        block = q[:, start : start + BLOCK]
-        stop = start + block.shape[1]
-        if mask is None:  # keys after the block's last query are seen by none of it
-            allowed = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)[None, None]
-            parts.append(_spelled_out(block, k[:, :, :stop], v[:, :, :stop], allowed))
-        else:
-            parts.append(_spelled_out(block, k, v, mask[:, :, start:stop]))
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        parts = [_spelled_out(q, k, v, start, mask) for start in range(0, q.shape[1], BLOCK)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _spelled_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """matmul, softmax in fp32, matmul; heads that share a key are folded into the queries."""
-    batch, length, heads, width = q.shape
+def _spelled_out(q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
+    """matmul, softmax, matmul for one block of queries; heads that share a key are folded into the queries."""
+    batch, _, heads, width = q.shape
     groups = k.shape[1]
-    folded = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)  # (B, G, H/G * T, D)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (folded * width**-0.5) @ k.to(q.dtype).transpose(-1, -2)
-        scores = scores.view(batch, groups, heads // groups, length, -1)
-        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        y = weights.view(batch, groups, -1, weights.shape[-1]) @ v.to(q.dtype)
+    block = q[:, start : start + BLOCK] * width**-0.5
+    length = block.shape[1]
+    folded = block.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
+    if mask is None:  # keys after the block's last query are seen by none of it
+        k, v = k[:, :, : start + length], v[:, :, : start + length]
+    scores = (folded @ k.transpose(-1, -2)).unflatten(2, (heads // groups, length))  # (B, G, H / G, T, S)
+    lowest = torch.finfo(scores.dtype).min
+    if mask is not None:
+        scores.masked_fill_(~mask[:, :, start : start + length].unsqueeze(2), lowest)
+    elif length > 1:  # only the block's own keys can lie ahead of a query
+        ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores[..., start:].masked_fill_(ahead, lowest)
+    y = scores.softmax(-1).flatten(2, 3) @ v
     return y.view(batch, heads, length, width).transpose(1, 2).flatten(2)

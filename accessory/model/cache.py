@@ -5,8 +5,26 @@ Must not know tokens, text or scheduling: whoever owns the cache says which row 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+STEP = 64  # what is read grows in such steps: few shapes, for kernels that are prepared per shape
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of one forward go, computed once for all layers."""
+
+    rows: Tensor | None
+    """[B]; None: rows 0 .. B-1."""
+    index: tuple[Tensor, slice, Tensor]
+    """Of the tokens' slots in a layer's keys."""
+    mask: Tensor | None
+    """Which keys each query may see, bool [B, 1, T, read]; None: the tokens are all there is, causal by index."""
+    read: int
+    """Slots that are read."""
 
 
 class Cache:
@@ -14,7 +32,8 @@ class Cache:
 
     A row is a request. Masks come from positions: a query at position p sees keys 0..p of its row, so a row is reused
     without clearing. `extent` (host side, so that nothing waits for the device) bounds what is read: set it to at
-    least the highest position + 1 before a forward; equal extents give static shapes.
+    least the highest position + 1 before a forward. Where it equals the number of tokens of that forward, these are
+    taken to be positions 0, 1, 2, ... of every row, padding last.
     `prompts` holds a zero-init adapter's keys and values, [rows, kv_heads, prompt length, head_dim] per layer.
     """
 
@@ -41,23 +60,27 @@ class Cache:
         """Bytes of all keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def write(self, layer: int, rows: Tensor | None, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, kv_heads, D] at positions [B, T] of rows [B] (None: rows 0..B-1); return all keys, values.
+    def place(self, rows: Tensor | None, positions: Tensor) -> Place:
+        """The slots of tokens at positions [B, T] of rows [B] (None: 0..B-1), and what they may see; padding: key 0."""
+        batch, length = positions.shape
+        assert 0 < self.extent <= self.size, f"extent {self.extent} of a cache of {self.size}"
+        index = (self._slots[:batch] if batch <= self.size else torch.arange(batch)) if rows is None else rows
+        where = (index.to(positions.device)[:, None], slice(None), positions)
+        if self.extent == length:
+            return Place(rows, where, None, length)
+        read = min(-(-self.extent // STEP) * STEP, self.size)
+        seen = self._slots[:read] <= positions.clamp(min=0).unsqueeze(-1)
+        return Place(rows, where, seen.unsqueeze(1), read)
 
-        Returns [B, kv_heads, extent, D] each; views of the cache when rows is None.
+    def write(self, layer: int, place: Place, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, T, kv_heads, D] of one layer; return all that may be seen, [B, kv_heads, read, D] each.
+
+        These are views of the cache for rows 0..B-1, copies for other rows, and k, v themselves where they are all.
         """
         keys, values = self.keys[layer], self.values[layer]
-        index = self._index(positions) if rows is None else rows
-        keys[index[:, None], :, positions] = k.to(keys.dtype)
-        values[index[:, None], :, positions] = v.to(values.dtype)
-        if rows is None:
-            return keys[: len(k), :, : self.extent], values[: len(k), :, : self.extent]
-        return keys[rows, :, : self.extent], values[rows, :, : self.extent]
-
-    def mask(self, positions: Tensor) -> Tensor:
-        """Which keys each query may see: positions [B, T] -> bool [B, 1, T, extent]; padding sees key 0."""
-        seen = self._slots[: self.extent] <= positions.clamp(min=0).unsqueeze(-1)
-        return seen.unsqueeze(1)
-
-    def _index(self, positions: Tensor) -> Tensor:
-        return torch.arange(positions.shape[0], device=positions.device)
+        keys[place.index] = k.to(keys.dtype)
+        values[place.index] = v.to(values.dtype)
+        if place.mask is None:
+            return k.transpose(1, 2), v.transpose(1, 2)
+        rows = slice(0, k.shape[0]) if place.rows is None else place.rows
+        return keys[rows, :, : place.read], values[rows, :, : place.read]

@@ -161,12 +161,11 @@ class Llama(nn.Module):
     def _step(self, positions: Tensor, cache: Cache | None, rows: Tensor | None, segments: Tensor | None) -> Step:
         """Rotations and mask, computed once for all layers."""
         assert cache is None or segments is None, "segments are for packed rows, which have no cache"
-        mask = None
-        if cache is not None:
-            mask = cache.mask(positions)
-        elif segments is not None:
-            mask = segment_mask(segments)
-        return Step(positions, *self.rope(positions), mask, cache, rows)
+        turns = self.rope(positions)
+        if cache is None:
+            return Step(positions, turns, None if segments is None else segment_mask(segments))
+        place = cache.place(rows, positions)
+        return Step(positions, turns, place.mask, cache, rows, place)
 
     def new_cache(self, *, rows: int, size: int, dtype: torch.dtype | None = None) -> Cache:
         """A cache for `rows` requests of up to `size` tokens, on the model's device."""

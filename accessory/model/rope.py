@@ -15,7 +15,7 @@ KINDS = ("none", "linear", "ntk", "dynamic", "llama3")
 
 
 class Rope:
-    """cos, sin of positions (RoFormer, arXiv 2104.09864).
+    """Cosines and sines of positions (RoFormer, arXiv 2104.09864).
 
     scaling: None; a float f, by which positions are multiplied (the reference's `rope_scaling`: 0.5 doubles the
     window); or Hugging Face's dict with `rope_type` linear | dynamic | llama3 (or ntk, its fixed form) and `factor`.
@@ -28,11 +28,11 @@ class Rope:
         self.scaling = _normal(scaling)
         self._frequencies: dict[torch.device, Tensor] = {}
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, T] -> cos, sin [B, T, 1, head_dim / 2], fp32. Padding (-1) counts as position 0."""
+    def __call__(self, positions: Tensor) -> Tensor:
+        """positions [B, T] -> (cos, sin) pairs [B, T, 1, head_dim / 2, 2], fp32. Padding (-1) counts as position 0."""
         positions = positions.clamp(min=0)
         angles = positions.unsqueeze(-1).float() * self._inverse(positions)
-        return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).unsqueeze(2)
 
     def _inverse(self, positions: Tensor) -> Tensor:
         """Radians per position of each pair: [head_dim / 2], or [B, 1, head_dim / 2] where it grows with the row."""
@@ -66,9 +66,12 @@ class Rope:
         return torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of x [B, T, H, D] by their angles; computed in fp32, returned as x."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the pairs (x0, x1), (x2, x3), ... of x [B, T, H, D] by `turns`; computed in fp32, returned as x."""
+    if x.device.type == "cpu":
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)
+    (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 

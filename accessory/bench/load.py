@@ -1,0 +1,109 @@
+"""Process start to first token: each side as a program of its own, from a folder of random weights on disk.
+
+Must not import the peer itself; its program does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from accessory.bench.shapes import SHAPES
+from accessory.bench.sides import fill, hf_config
+from accessory.dist import dtype_from_name
+from accessory.model import Llama, LlamaConfig
+
+OURS = """
+import sys, torch
+from accessory.assemble import load, build, Spec
+from accessory.checkpoint import open_folders
+from accessory.model import LlamaConfig
+folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
+checkpoint = open_folders(folder)
+model = build(Spec("llama", LlamaConfig(**checkpoint.config)), dtype=dtype)
+load(model, checkpoint, device=device, dtype=dtype)
+model.eval().requires_grad_(False).fuse()
+with torch.inference_mode():
+    ids = torch.arange(1, 9, device=device).unsqueeze(0)
+    cache = model.new_cache(rows=1, size=16)
+    hidden = model(ids, ids - 1, cache=cache)
+    print(int(model.output(hidden[:, -1]).argmax()), flush=True)
+"""
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+with torch.inference_mode():
+    ids = torch.arange(1, 9, device=device).unsqueeze(0)
+    print(int(model(ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()), flush=True)
+"""
+
+
+def start_times(shape: str, peer: str, dtype: str, device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per round and side; the folders are written first, so that all rounds read from the page cache.
+
+    Raises OSError when the disk cannot hold the folders, RuntimeError when a program fails.
+    """
+    programs = {"ours": OURS, **({"transformers": TRANSFORMERS} if peer == "transformers" else {})}
+    kind = dtype_from_name(dtype)
+    with tempfile.TemporaryDirectory(prefix="accessory-bench-") as place:
+        folders = _write(SHAPES[shape], Path(place), peer=peer, dtype=kind)
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        for turn in range(rounds + 1):
+            for name, program in programs.items():
+                seconds = _first_token(program, folders[name], device, str(kind).removeprefix("torch."))
+                if turn:  # the first turn fills the page cache and compiles bytecode
+                    times[name].append(seconds)
+    return times
+
+
+def _write(config: LlamaConfig, place: Path, *, peer: str, dtype: torch.dtype) -> dict[str, Path]:
+    """The same amount of random weights as an Accessory folder and, for the peer, as a Hugging Face folder."""
+    from dataclasses import asdict
+
+    from accessory.checkpoint import write_folder
+
+    model = Llama(config, device="cpu", dtype=dtype)
+    needed = sum(p.nbytes for p in model.parameters()) * (2 if peer == "transformers" else 1)
+    free = shutil.disk_usage(place).free
+    if free < needed * 1.05:
+        raise OSError(f"{place}: {free >> 20} MiB free, expected {needed >> 20} MiB for the weights; set TMPDIR")
+    fill(model)
+    folders = {"ours": place / "ours"}
+    write_folder(folders["ours"], model.state_dict(), config=asdict(config), meta={"llama_type": "llama"})
+    del model
+    if peer == "transformers":
+        import transformers
+
+        with torch.device("meta"):
+            other = transformers.LlamaForCausalLM(hf_config(config)).to(dtype)
+        other = other.to_empty(device="cpu")
+        fill(other)
+        folders["transformers"] = place / "transformers"
+        other.save_pretrained(folders["transformers"])
+    return folders
+
+
+def _first_token(program: str, folder: Path, device: str, dtype: str) -> float:
+    """Seconds until a new process has printed its first token."""
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), device, dtype], env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None, "stdout was asked for as a pipe"
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - start
+    if process.returncode or not line.strip():
+        raise RuntimeError(f"bench load: the program exited with {process.returncode}: {json.dumps(line)}")
+    return seconds
