@@ -144,3 +144,17 @@ def test_fused_weights_are_views_and_change_nothing(model: Llama) -> None:
     assert wq.weight.untyped_storage().data_ptr() == wk.weight.untyped_storage().data_ptr()
     assert list(fused.state_dict()) == keys
     torch.testing.assert_close(fused(ids, positions_of(ids)), before, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_that_goes_on_sees_its_past_also_beside_one_that_starts(model: Llama) -> None:
+    first, second = ids_of(6, 1), ids_of(6, 2)
+    cache = model.new_cache(rows=2, size=6)
+    cache.extent = 3
+    model(first[:, :3], torch.arange(3)[None], cache=cache)
+    ids = torch.cat((torch.cat((first[:, 3:], torch.zeros(1, 3, dtype=torch.long)), 1), second))
+    positions = torch.tensor([[3, 4, 5, -1, -1, -1], [0, 1, 2, 3, 4, 5]])
+    cache.extent = 6
+    hidden = model(ids, positions, cache=cache)
+    torch.testing.assert_close(hidden[0, :3], model(first, positions_of(first))[0, 3:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden[1], model(second, positions_of(second))[0], atol=1e-5, rtol=0)

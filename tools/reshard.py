@@ -6,7 +6,12 @@ Must not do the work: accessory.checkpoint.operate does.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
+
+if find_spec("accessory") is None:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accessory.checkpoint.operate import Job, rewrite
 from accessory.cli import guard

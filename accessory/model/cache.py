@@ -32,8 +32,7 @@ class Cache:
 
     A row is a request. Masks come from positions: a query at position p sees keys 0..p of its row, so a row is reused
     without clearing. `extent` (host side, so that nothing waits for the device) bounds what is read: set it to at
-    least the highest position + 1 before a forward. Where it equals the number of tokens of that forward, these are
-    taken to be positions 0, 1, 2, ... of every row, padding last.
+    least the highest position + 1 before a forward.
     `prompts` holds a zero-init adapter's keys and values, [rows, kv_heads, prompt length, head_dim] per layer.
     """
 
@@ -66,7 +65,7 @@ class Cache:
         assert 0 < self.extent <= self.size, f"extent {self.extent} of a cache of {self.size}"
         index = (self._slots[:batch] if batch <= self.size else torch.arange(batch)) if rows is None else rows
         where = (index.to(positions.device)[:, None], slice(None), positions)
-        if self.extent == length:
+        if self.extent == length and _starts_over(positions):
             return Place(rows, where, None, length)
         read = min(-(-self.extent // STEP) * STEP, self.size)
         seen = self._slots[:read] <= positions.clamp(min=0).unsqueeze(-1)
@@ -84,3 +83,8 @@ class Cache:
             return k.transpose(1, 2), v.transpose(1, 2)
         rows = slice(0, k.shape[0]) if place.rows is None else place.rows
         return keys[rows, :, : place.read], values[rows, :, : place.read]
+
+
+def _starts_over(positions: Tensor) -> bool:
+    """Whether every row begins at 0, so that the tokens see but each other; only asked where looking costs no wait."""
+    return positions.device.type == "cpu" and not positions[:, 0].any()

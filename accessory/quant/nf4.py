@@ -6,6 +6,9 @@ because it repacks the weight in place and later gives no input gradient.
 
 from __future__ import annotations
 
+import logging
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +33,8 @@ class Nf4(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         """Quantise a 16- or 32-bit [out, in] weight where it lies (CPU or CUDA)."""
-        from bitsandbytes import functional
-
         super().__init__()
+        functional = _bitsandbytes().functional
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
         packed, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
@@ -51,29 +53,22 @@ class Nf4(nn.Module):
 
     def dequantised(self) -> Tensor:
         """The weight again, [out, in], in the dtype it came in."""
-        from bitsandbytes import functional
-
-        return functional.dequantize_4bit(self.packed, self._state())
+        return _bitsandbytes().functional.dequantize_4bit(self.packed, self._state())
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype (autocast's, where that is on)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.device.type == "cuda" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-            from bitsandbytes import matmul_4bit
-
-            return matmul_4bit(x, self.packed.t(), quant_state=self._state(), bias=bias)
+            return _bitsandbytes().matmul_4bit(x, self.packed.t(), quant_state=self._state(), bias=bias)
         y = _Product.apply(x, self)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _state(self) -> object:
         """bitsandbytes' description of the buffers."""
-        from bitsandbytes.functional import QuantState
-
-        nested = QuantState(
-            absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-        )
-        return QuantState(
+        make = _bitsandbytes().functional.QuantState
+        nested = make(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        return make(
             absmax=self.absmax,
             shape=torch.Size(self.shape),
             dtype=self.dtype,
@@ -83,6 +78,14 @@ class Nf4(nn.Module):
             offset=self.offset,
             state2=nested,
         )
+
+
+def _bitsandbytes() -> ModuleType:
+    """The library, without its advice to fetch a further CPU kernel, whose path is the one not used here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes
 
 
 class _Product(torch.autograd.Function):
