@@ -1,0 +1,11 @@
+"""The engine: conversations in, text out, for many requests at once, every tensor-parallel rank in step.
+
+Must not know weights' files, terminals or the network.
+"""
+
+from accessory.engine.conversation import Conversation
+from accessory.engine.engine import Engine
+from accessory.engine.prompt import WindowError
+from accessory.engine.request import Answer, Event, Request, Result
+
+__all__ = ["Answer", "Conversation", "Engine", "Event", "Request", "Result", "WindowError"]

@@ -1,0 +1,170 @@
+"""Requests to prompts: render, encode, transform pictures, check that all fits; nothing runs here.
+
+Must not know caches, rows or other ranks. Whatever is wrong with a request is said here, before any rank hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from accessory.assemble import Bundle
+from accessory.data.encode import Encoded, encode, stop_ids, truncate_left
+from accessory.data.image import load_picture, transform
+from accessory.data.template import Part, Template, Text, Turn, get_template, render
+from accessory.data.tokenizer import Tokenizer
+from accessory.engine.request import PictureSource, Request
+from accessory.engine.text import AnswerText
+
+log = logging.getLogger(__name__)
+
+
+class WindowError(ValueError):
+    """A prompt that does not fit the window."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request as numbers."""
+
+    ids: list[int]
+    """Token ids; 0 where a picture stands."""
+    slots: list[int]
+    """-1, or the row of the features of all pictures of this request."""
+    pixels: Tensor | None
+    """[pictures, 3, side, side] fp32; None without pictures."""
+    limit: int
+    """Tokens that may be generated."""
+    stop_ids: frozenset[int]
+    text: AnswerText
+    dropped: int
+
+
+class Prompter:
+    """Makes prompts for one model and one window."""
+
+    def __init__(self, bundle: Bundle, *, window: int, image_transform: str | None = None) -> None:
+        self.tokenizer, self.window = bundle.tokenizer, window
+        self._template, self._source = bundle.template, bundle.source
+        self._vision = getattr(bundle.model, "vision", None)
+        self._transform = None
+        if self._vision is not None:
+            seen = bundle.vision
+            assert seen is not None, "a model that sees has a VisionConfig"
+            name = image_transform or seen.image_transform
+            self._transform = transform(name, size=seen.image_size, mean=seen.mean, std=seen.std)
+
+    def __call__(self, request: Request) -> Prompt:
+        """The prompt of a request.
+
+        Raises WindowError for a prompt longer than the window, ValueError for everything else that cannot be asked,
+        FileNotFoundError for a picture that is not there.
+        """
+        if request.max_gen_len < 1:
+            raise ValueError(f"max_gen_len: got {request.max_gen_len}, expected at least 1")
+        if request.overlong not in ("error", "truncate"):
+            raise ValueError(f"overlong: got {request.overlong!r}, expected 'error' or 'truncate'")
+        form, parts, encoded = self.encode(request)
+        encoded, dropped = self._fit(encoded, request)
+        lead, tail = _around(form)
+        stops = tuple(dict.fromkeys((*form.stops, *request.stops)))
+        if "" in stops:
+            raise ValueError("stops: got an empty string, expected strings of at least one character; drop it")
+        opening = not isinstance(parts[-1], Text) if parts else True
+        return Prompt(
+            ids=encoded.ids,
+            slots=encoded.slots,
+            pixels=self._pixels(request.pictures),
+            limit=min(request.max_gen_len, self.window - len(encoded.ids)),
+            stop_ids=_stop_ids(form, self.tokenizer) | frozenset(request.stop_ids),
+            text=AnswerText(self.tokenizer, stops=stops, opening=opening, lead=lead, tail=tail),
+            dropped=dropped,
+        )
+
+    def encode(self, request: Request) -> tuple[Template, list[Part], Encoded]:
+        """The template, what it makes of the request, and that as numbers; pictures are counted, not opened."""
+        template = request.template or self._template
+        form = get_template(template) if isinstance(template, str) else template
+        turns, pictures = self._turns(request), len(request.pictures)
+        slots = self._vision.slots if pictures else 0
+        if not slots:  # pictures that go into an adapter's prompt take no place in the sequence
+            turns = [replace(turn, pictures=0) for turn in turns]
+        parts = render(form, turns)
+        encoded = encode(parts, self.tokenizer, slots_per_picture=[slots] * pictures if slots else ())
+        if not encoded.ids:
+            raise ValueError("prompt: got no token, expected at least one as this tokenizer has no BOS; say something")
+        return form, parts, encoded
+
+    def _turns(self, request: Request) -> list[Turn]:
+        """The turns, whose pictures are all there."""
+        supplied = len(request.pictures)
+        if isinstance(request.turns, str):
+            turns = [Turn("user", request.turns, pictures=supplied)]
+        else:
+            turns = list(request.turns)
+        placed = sum(turn.pictures for turn in turns)
+        if placed != supplied:
+            raise ValueError(f"pictures: got {supplied}, but the turns speak of {placed}; supply one for each")
+        if supplied and self._vision is None:
+            raise ValueError(f"pictures: got {supplied}, but {self._source} has no vision; ask without pictures")
+        if supplied > 1 and not self._vision.slots:
+            raise ValueError(
+                f"pictures: got {supplied}, but {self._source} reads one picture per conversation; give one"
+            )
+        return turns
+
+    def _fit(self, encoded: Encoded, request: Request) -> tuple[Encoded, int]:
+        """The prompt within the window, and how many positions that cost."""
+        length = len(encoded.ids)
+        if request.overlong == "truncate":
+            room = self.window - request.max_gen_len
+            if room < 1:
+                raise WindowError(
+                    f"max_gen_len: got {request.max_gen_len}, expected less than the window of {self.window} tokens"
+                )
+            try:
+                encoded = truncate_left(encoded, limit=room)
+            except ValueError as error:
+                raise WindowError(str(error)) from error
+            if length > room:
+                log.warning("the prompt of %d tokens lost its oldest %d to fit", length, length - room)
+        elif length >= self.window:
+            raise WindowError(
+                f"prompt: got {length} tokens, expected at most {self.window - 1} in a window of {self.window}; "
+                "shorten it, let it be truncated or raise max_seq_len"
+            )
+        return encoded, length - len(encoded.ids)
+
+    def _pixels(self, pictures: Sequence[PictureSource]) -> Tensor | None:
+        """All pictures as the tower takes them."""
+        if not pictures:
+            return None
+        assert self._transform is not None, "pictures for a model without vision were refused before"
+        return torch.stack([self._transform(load_picture(picture)) for picture in pictures])
+
+
+def _around(form: Template) -> tuple[str, str]:
+    """What the template writes before and after an answer's text, up to the first control token."""
+    lead, tail = "", ""
+    for item in form.answer:
+        if not isinstance(item, str):
+            break
+        before, slot, after = item.partition("{")
+        if slot:
+            lead, tail = lead + before, after.partition("}")[2]
+        else:
+            tail += item
+    return lead, tail
+
+
+def _stop_ids(form: Template, tokenizer: Tokenizer) -> frozenset[int]:
+    """The template's and the tokenizer's; none where neither has any: then length or strings end the answer."""
+    try:
+        found = stop_ids(form, tokenizer)
+    except ValueError:
+        found = frozenset()
+    return found if tokenizer.eos_id is None else found | {tokenizer.eos_id}

@@ -1,0 +1,114 @@
+"""What every tensor-parallel rank does in one step: read pictures, feed tokens through the cache, give logits.
+
+Must not know requests, text or sampling: it is told rows and positions, and does the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accessory.model import Llama
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Feed tokens. All tensors are int64 on the CPU."""
+
+    ids: Tensor
+    """[B, T]"""
+    positions: Tensor
+    """[B, T]; -1 is padding."""
+    last: Tensor
+    """[B]: the index in T whose logits are wanted, -1 for none."""
+    extent: int
+    """Highest position + 1."""
+    rows: Tensor | None = None
+    """[B] rows of the cache; None: 0 to B-1."""
+    slots: Tensor | None = None
+    """[B, T]: -1, or a row of the features of that cache row's pictures; None: no picture in this piece."""
+
+
+@dataclass(frozen=True)
+class See:
+    """Begin a request in a row: read its pictures [n, 3, H, W], None for none, and set the adapter's prompt."""
+
+    row: int
+    pixels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Drop what `See` kept for a row."""
+
+    row: int
+
+
+Op = Forward | See | Forget
+
+
+class Worker:
+    """One rank's model and cache; the same ops in the same order keep all ranks in step."""
+
+    def __init__(self, model: Llama, *, rows: int, window: int) -> None:
+        self.model = model
+        self.cache = model.new_cache(rows=rows, size=window)
+        self._device = model.norm.weight.device
+        self._features: dict[int, Tensor] = {}  # by row, until its prompt is fed
+
+    @torch.inference_mode()
+    def run(self, op: Op) -> Tensor | None:
+        """Do one op; a Forward gives the logits [n, vocabulary] fp32 of its n wanted positions, None without any."""
+        if isinstance(op, Forward):
+            return self._forward(op)
+        if isinstance(op, See):
+            self._see(op)
+        else:
+            self._features.pop(op.row, None)
+        return None
+
+    def _see(self, op: See) -> None:
+        """Pictures to feature rows, kept for the row, or to the adapter's prompt."""
+        self._features.pop(op.row, None)
+        seen = None if op.pixels is None else self.model.vision(op.pixels.to(self._device))
+        if seen is not None and self.model.vision.slots:
+            self._features[op.row] = seen.flatten(0, 1)
+            seen = None
+        if self.model.prompt is not None:
+            row = torch.tensor([op.row], device=self._device)
+            self.model.prompt.store(self.model, self.cache, row, seen)
+
+    def _forward(self, op: Forward) -> Tensor | None:
+        device, rows = self._device, None if op.rows is None else op.rows.to(self._device)
+        features, slots = (None, None) if op.slots is None else self._gather(op, op.slots)
+        self.cache.extent = op.extent
+        hidden = self.model(
+            op.ids.to(device),
+            op.positions.to(device),
+            cache=self.cache,
+            rows=rows,
+            features=features,
+            slots=slots,
+        )
+        wanted = (op.last >= 0).nonzero()[:, 0]
+        if op.slots is not None:
+            for row in self._rows(op)[wanted].tolist():
+                self._features.pop(row, None)
+        if not len(wanted):
+            return None
+        return self.model.output(hidden[wanted.to(device), op.last[wanted].to(device)])
+
+    def _gather(self, op: Forward, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of all rows in one tensor, and the slots that point into it."""
+        parts, shifted, start = [], slots.clone(), 0
+        for at, row in enumerate(self._rows(op).tolist()):
+            if (slots[at] >= 0).any():
+                shifted[at] += start * (slots[at] >= 0)
+                parts.append(self._features[row])
+                start += len(parts[-1])
+        return torch.cat(parts), shifted.to(self._device)
+
+    def _rows(self, op: Forward) -> Tensor:
+        return torch.arange(len(op.ids)) if op.rows is None else op.rows

@@ -1,0 +1,246 @@
+"""The demos: one question, or a session of them, in a terminal or through pipes.
+
+Must not hold tensors or know how answers are made: it asks an engine. Answers go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from accessory.config import parse
+from accessory.dist import launch
+from accessory.serve.keyboard import Keyboard
+from accessory.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from accessory.assemble import Bundle
+    from accessory.engine import Engine, Request
+    from accessory.model import Sampling
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["single_turn", "multi_turn", "single_turn_mm"]
+KINDS: dict[Kind, str] = {
+    "single_turn": "Ask a language model one question at a time; nothing is remembered.",
+    "multi_turn": "Talk with a language model; it remembers the conversation.",
+    "single_turn_mm": "Ask a multimodal model about a picture, one question at a time.",
+}
+WINDOW = 4096  # tokens, where nobody asks for more: a cache of a long-context model's whole window may not fit
+
+# what a terminal would take for a command; from a model it is noise
+_COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
+    """Run a demo on this process's command line, or `argv`.
+
+    Raises ValueError or OSError for settings, models and one-shot questions that cannot be.
+    """
+    settings = parse(Settings, argv, prog=f"{kind}.py", description=KINDS[kind])
+    settings.check()
+    if settings.gpu_ids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpu_ids))
+    launch(len(settings.gpu_ids) or settings.n_gpus or 1)
+    from accessory import dist
+    from accessory.assemble import open_model
+    from accessory.engine import Engine
+
+    sampling = _sampling(settings)
+    ranks = dist.init(device=settings.device)
+    dist.setup_logging(ranks.rank)
+    if ranks.device.type == "cpu" and (settings.gpu_ids or (settings.n_gpus or 1) > 1):
+        log.info("no GPU here: %d rank(s) on the CPU", ranks.world)
+    bundle = open_model(
+        settings.pretrained_path,
+        ranks=ranks,
+        llama_type=settings.llama_type,
+        llama_config=settings.llama_config,
+        tokenizer_path=settings.tokenizer_path,
+        dtype=dist.dtype_from_name(settings.dtype) if settings.dtype else None,
+        quant=settings.quant,
+        max_seq_len=settings.max_seq_len,
+    )
+    window = bundle.config.max_seq_len if settings.max_seq_len else min(bundle.config.max_seq_len, WINDOW)
+    with Engine(bundle, ranks, rows=1, window=window, image_transform=settings.image_transform) as engine:
+        if ranks.leader:
+            _lead(kind, settings, sampling, engine, bundle)
+        else:
+            engine.follow()
+    dist.close()
+
+
+def _sampling(settings: Settings) -> Sampling:
+    """How tokens are chosen. ValueError for values that cannot be, and for a template that there is not."""
+    from accessory.data.template import get_template
+    from accessory.model import Sampling
+
+    if settings.template:
+        get_template(settings.template)
+    return Sampling(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+    )
+
+
+def _lead(kind: Kind, settings: Settings, sampling: Sampling, engine: Engine, bundle: Bundle) -> None:
+    """Rank 0: say what runs, then answer."""
+    template = "none" if settings.noinstruct else settings.template or bundle.template
+    dtype = f"{str(bundle.dtype).removeprefix('torch.')}{', NF4' if settings.quant else ''}"
+    what = f"{bundle.llama_type}, {dtype}, template {template}, window {engine.window}"
+    log.info("model: %s (%s)", bundle.source, what)
+    speaker = Speaker(engine, sampling, template, max_gen_len=settings.max_gen_len)
+    if settings.prompt:
+        speaker.answer(settings.prompt[0], [settings.image] if settings.image else [])
+    else:
+        with Keyboard() as keyboard:
+            Session(kind, speaker, keyboard, image=settings.image).run()
+
+
+class Speaker:
+    """Asks the engine, and shows the answer as it comes."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, template: str, *, max_gen_len: int) -> None:
+        from accessory.data.template import get_template
+        from accessory.engine import Conversation
+
+        self._engine, self._sampling, self._template, self._length = engine, sampling, template, max_gen_len
+        words = "".join(item for item in get_template(template).user if isinstance(item, str))
+        self.takes_silence = not words.replace("{text}", "").strip()
+        """Whether an empty question is one: the template adds no words of its own."""
+        self.history = Conversation()
+        self._plain = not sys.stdout.isatty()
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")
+
+    def answer(
+        self, text: str, pictures: Sequence[str] = (), *, stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[str, bool]:
+        """Ask within the history and print the answer, ended by one newline; (what was said, whether it was stopped).
+
+        Raises ValueError or OSError for what cannot be asked; then nothing was printed.
+        """
+        answer = self._engine.submit(self._request(text, pictures))
+        shown, last = 0, ""
+        while answer.result is None or shown < len(answer.parts):
+            if answer.result is None:
+                self._engine.step()
+                if stopped():
+                    self._engine.cancel(answer)
+            for part in answer.parts[shown:]:
+                sys.stdout.write(part if self._plain else part.translate(_COMMANDS))
+                shown, last = shown + 1, part[-1]
+            sys.stdout.flush()
+        assert answer.result is not None, f"the loop ended before answer {answer.id} did"
+        if last != "\n":
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if answer.result.finish == "length":
+            full = answer.result.prompt_tokens + len(answer.result.ids) >= self._engine.window
+            bound = "--max_seq_len" if full else "--max_gen_len"
+            log.info("(cut after %d tokens; %s allows more)", len(answer.result.ids), bound)
+        return answer.result.text, answer.result.finish == "cancelled"
+
+    def _request(self, text: str, pictures: Sequence[str]) -> Request:
+        """The request. Of a history that leaves too little room for an answer the oldest exchanges go, not quietly."""
+        from accessory.engine import Request
+
+        room, forgotten = min(self._length, self._engine.window // 4), 0
+        while True:
+            turns, shown = self.history.asked(text, pictures)
+            request = Request(
+                turns,
+                pictures=shown,
+                template=self._template,
+                sampling=self._sampling,
+                max_gen_len=self._length,
+            )
+            if not self.history.exchanges or self._engine.length(request) + room <= self._engine.window:
+                break
+            self.history.forget_oldest()
+            forgotten += 1
+        if forgotten:
+            log.info("(the window is full: the oldest %d exchange(s) of the conversation are forgotten)", forgotten)
+        return request
+
+
+@dataclass
+class Session:
+    """Questions one after another. In a terminal an error is shown and the session goes on; in a pipe it ends it."""
+
+    kind: Kind
+    speaker: Speaker
+    keyboard: Keyboard
+    image: str | None = None
+    """The picture in view."""
+
+    def run(self) -> None:
+        """Until `exit` or the end of the input."""
+        self._help()
+        while True:
+            if self.kind == "single_turn_mm" and not self._look():
+                return
+            text = self.keyboard.ask("Question: " if self.kind == "single_turn_mm" else "> ")
+            word = None if text is None else text.strip()
+            if word in (None, "exit", "quit"):
+                return
+            if word == "clear":
+                self.speaker.history.clear()
+                self._note("(the conversation is forgotten)" if self.kind == "multi_turn" else "(nothing to forget)")
+            elif word or self.speaker.takes_silence:
+                self._exchange(text)
+
+    def _exchange(self, text: str) -> None:
+        """One question and its answer."""
+        fresh = self.kind != "multi_turn" or not self.speaker.history.exchanges
+        pictures = [self.image] if self.image and fresh else []
+        try:
+            with self.keyboard.watching() as stopped:
+                answer, cut = self.speaker.answer(text, pictures, stopped=stopped)
+        except (ValueError, OSError) as error:
+            if not self.keyboard.terminal or isinstance(error, BrokenPipeError):
+                raise
+            self._note(f"error: {error}")
+            return
+        if cut:
+            self._note("(stopped)")
+        if self.kind == "multi_turn" and (answer or not cut):
+            self.speaker.history.add(text, answer, pictures)
+
+    def _look(self) -> bool:
+        """Ask for a picture until one can be read; False at the end of the input."""
+        from accessory.data.image import load_picture
+
+        while (line := self.keyboard.ask("Picture (Enter: the same, -: none): ")) is not None:
+            word = line.strip()
+            if word in ("exit", "quit"):
+                return False
+            path = {"": self.image, "-": None}.get(word, os.path.expanduser(word))
+            try:
+                if path is not None:
+                    load_picture(path)
+            except (ValueError, OSError) as error:
+                if not self.keyboard.terminal:
+                    raise
+                self._note(f"error: {error}")
+                continue
+            self.image = path
+            return True
+        return False
+
+    def _help(self) -> None:
+        clear = "`clear` forgets the conversation; " if self.kind == "multi_turn" else ""
+        self._note(f"Ctrl-C stops an answer; {clear}`exit` or Ctrl-D leaves.")
+
+    def _note(self, text: str) -> None:
+        """A line for the person, not for a pipe."""
+        if self.keyboard.terminal:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()

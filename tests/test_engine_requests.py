@@ -1,0 +1,232 @@
+"""What a request may say, how it ends, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+
+import pytest
+import torch
+from engine_toys import ONE, opened, picture, write_model
+
+from accessory.assemble import Bundle
+from accessory.data.template import Turn
+from accessory.engine import Conversation, Engine, Request, WindowError
+from accessory.engine.worker import Forget, Worker
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return opened(write_model(tmp_path_factory.mktemp("sees") / "model"))
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return opened(write_model(tmp_path_factory.mktemp("blind") / "model", "llama", sees=False))
+
+
+def raw(text: str, **options) -> Request:
+    return Request(text, template="none", **{"max_gen_len": 8, **options})
+
+
+def text_of(count: int) -> str:
+    """A text that is `count` tokens with BOS."""
+    return "1" * (count - 2)  # the tokenizer splits digits, and puts a blank before the first
+
+
+def test_an_empty_prompt_continues_from_bos(bundle):
+    result = Engine(bundle, ONE).generate([raw("")])[0]
+    assert result.prompt_tokens == 1 and len(result.ids) == 8
+
+
+def test_the_last_token_that_fits_the_window_is_generated(bundle):
+    engine = Engine(bundle, ONE, window=20)
+    for length, said in ((19, 1), (18, 2), (10, 8)):
+        result = engine.generate([raw(text_of(length))])[0]
+        assert (result.prompt_tokens, len(result.ids), result.finish) == (length, said, "length")
+
+
+@pytest.mark.parametrize("length", [20, 21, 400])
+def test_a_prompt_longer_than_the_window_is_refused_with_numbers(bundle, length):
+    with pytest.raises(WindowError, match=rf"got {length} tokens, expected at most 19 in a window of 20"):
+        Engine(bundle, ONE, window=20).submit(raw(text_of(length)))
+
+
+def test_truncation_keeps_bos_pictures_and_the_newest_text(bundle, caplog):
+    engine = Engine(bundle, ONE, window=40)
+    request = raw("a fox " * 30 + "the lazy dog", pictures=[picture(1)], overlong="truncate")
+    prompt = engine._prompter(request)
+    assert len(prompt.ids) == 32 and prompt.ids[0] == bundle.tokenizer.bos_id and "lost its oldest" in caplog.text
+    assert [slot for slot in prompt.slots if slot >= 0] == list(range(bundle.model.vision.slots))
+    assert bundle.tokenizer.decode(prompt.ids).endswith("the lazy dog")
+    result = engine.generate([request])[0]
+    assert result.dropped == prompt.dropped > 0 and len(result.ids) == 8
+
+
+def test_truncation_that_cannot_help_says_so(bundle):
+    engine = Engine(bundle, ONE, window=20)
+    with pytest.raises(WindowError, match="max_gen_len: got 20"):
+        engine.submit(raw("a", max_gen_len=20, overlong="truncate"))
+    with pytest.raises(WindowError, match="fewer pictures"):
+        engine.submit(raw("a", pictures=[picture(1)] * 3, overlong="truncate"))
+
+
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(bundle):
+    whole = Engine(bundle, ONE).generate([raw("the", max_gen_len=30)])[0]
+    middle = len(whole.text) // 2
+    stop = whole.text[middle : middle + 4]
+    result = Engine(bundle, ONE).generate([raw("the", max_gen_len=30, stops=[stop])])[0]
+    assert result.text == whole.text[: whole.text.index(stop)] and result.finish == "stop"
+
+
+def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(bundle):
+    whole = Engine(bundle, ONE).generate([raw("the")])[0]
+    result = Engine(bundle, ONE).generate([raw("the", stop_ids=[whole.ids[5], 7])])[0]
+    end = whole.ids.index(whole.ids[5])
+    assert (result.ids, result.finish) == (whole.ids[:end], "stop")
+
+
+def test_eos_ends_an_answer(bundle, monkeypatch):
+    engine = Engine(bundle, ONE)
+    monkeypatch.setattr("accessory.engine.engine.sample", lambda logits, *_, **__: torch.tensor([2] * len(logits)))
+    result = engine.generate([raw("the")])[0]
+    assert (bundle.tokenizer.eos_id, result.ids, result.text, result.finish) == (2, [], "", "stop")
+
+
+def test_weights_beyond_the_tokenizer_are_never_chosen(tmp_path):
+    bundle = opened(write_model(tmp_path / "model", "llama", sees=False, vocab_size=600))
+    head = bundle.model.output.weight
+    head[bundle.tokenizer.size :] = head[: 600 - bundle.tokenizer.size] * 100
+    ids = Engine(bundle, ONE).generate([raw("the")])[0].ids
+    assert max(ids) < bundle.tokenizer.size
+
+
+def test_streaming_gives_the_whole_text_in_pieces(bundle):
+    request = raw("hello", max_gen_len=20)
+    pieces = list(Engine(bundle, ONE).stream(request))
+    assert "".join(pieces) == Engine(bundle, ONE).generate([request])[0].text and len(pieces) > 5
+
+
+def test_two_streams_may_be_read_in_turns(bundle):
+    engine = Engine(bundle, ONE)
+    requests = [raw("hello", max_gen_len=20), raw("a fox", max_gen_len=12)]
+    pairs = itertools.zip_longest(*(engine.stream(request) for request in requests), fillvalue="")
+    texts = ["".join(pieces) for pieces in zip(*pairs, strict=True)]
+    assert texts == [result.text for result in Engine(bundle, ONE).generate(requests)]
+
+
+def test_leaving_a_stream_frees_its_row_at_once(bundle):
+    engine = Engine(bundle, ONE, rows=1)
+    stream = engine.stream(raw("hello", max_gen_len=200))
+    next(stream)
+    stream.close()
+    assert engine.idle and engine.generate([raw("a")]) == Engine(bundle, ONE).generate([raw("a")])
+
+
+def test_cancel_works_in_the_queue_in_the_prompt_and_in_the_answer(bundle, monkeypatch):
+    engine = Engine(bundle, ONE, rows=2, prefill_chunk=4)
+    talker, reader, waiter = (
+        engine.submit(request)
+        for request in (raw("a"), raw("what is it", pictures=[picture(1)]), raw("never mind", max_gen_len=3))
+    )
+    engine.step()
+    kept = []
+    monkeypatch.setattr(Worker, "run", lambda self, op, run=Worker.run: kept.append(op) or run(self, op))
+    assert engine.cancel(waiter).text == "" and engine.cancel(reader).finish == "cancelled"
+    assert isinstance(kept[0], Forget) and not engine._worker._features
+    said = engine.cancel(talker)
+    assert said.ids == talker.ids and len(said.ids) == 1 and engine.idle
+    assert engine.cancel(talker) is said, "a finished answer stays as it is"
+
+
+def test_an_event_comes_for_every_token_and_the_last_has_the_result(bundle):
+    engine = Engine(bundle, ONE)
+    answer = engine.submit(raw("hello"))
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    assert [event.token for event in events] == answer.ids
+    assert "".join(event.text for event in events) == answer.result.text
+    assert [event.result is not None for event in events] == [False] * 7 + [True]
+
+
+def test_ctrl_c_takes_effect_between_steps_and_cancels(bundle, monkeypatch):
+    engine = Engine(bundle, ONE)
+    run, steps = Worker.run, []
+
+    def interrupted(self: Worker, op: object) -> object:
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        steps.append(op)
+        return run(self, op)
+
+    monkeypatch.setattr(Worker, "run", interrupted)
+    stream = engine.stream(raw("hello", max_gen_len=100))
+    with pytest.raises(KeyboardInterrupt):
+        for _ in stream:
+            pass
+    assert len(steps) == 4, "the step was finished"
+    assert engine.idle and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (raw("a", pictures=[picture(1)], max_gen_len=0), "max_gen_len: got 0"),
+        (raw("a", stops=["x", ""]), "stops: got an empty string"),
+        (raw("a", overlong="cut"), "overlong: got 'cut'"),
+        (Request("a", template="nome"), "did you mean 'none'"),
+        (Request([Turn("user", "a", pictures=1)]), "got 0, but the turns speak of 1"),
+        (Request([Turn("user", "a")], pictures=[picture(1)]), "got 1, but the turns speak of 0"),
+        (Request([Turn("assistant", "a")]), "expected 'user'"),
+        (raw("a", pictures=[b"no picture"]), "picture from memory"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_runs(bundle, monkeypatch, request_, words):
+    engine = Engine(bundle, ONE)
+    monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("a refused request ran"))
+    with pytest.raises(ValueError, match=words):
+        engine.generate([raw("a"), request_])
+    assert engine.idle
+
+
+def test_a_missing_picture_is_named(bundle):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        Engine(bundle, ONE).submit(raw("a", pictures=["nothing.png"]))
+
+
+def test_a_picture_for_a_model_without_vision_is_refused(blind):
+    with pytest.raises(ValueError, match="has no vision; ask without pictures"):
+        Engine(blind, ONE).submit(raw("a", pictures=[picture(1)]))
+
+
+def test_an_adapter_reads_one_picture_only(tmp_path):
+    engine = Engine(opened(write_model(tmp_path / "model", "llama_adapter")), ONE)
+    with pytest.raises(ValueError, match="reads one picture per conversation"):
+        engine.submit(raw("a", pictures=[picture(1), picture(2)]))
+
+
+@pytest.mark.parametrize("option", [{"rows": 0}, {"window": 0}, {"prefill_chunk": -1}, {"image_transform": "crop"}])
+def test_impossible_engines_are_refused(bundle, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Engine(bundle, ONE, **option)
+
+
+def test_a_closed_engine_says_so(bundle):
+    with Engine(bundle, ONE) as engine:
+        engine.generate([raw("a", max_gen_len=1)])
+    engine.submit(raw("a"))
+    with pytest.raises(RuntimeError, match="after its end"):
+        engine.step()
+
+
+def test_a_conversation_remembers_and_forgets_whole_exchanges():
+    talk = Conversation(system="be brief")
+    talk.add("what is it?", "a fox", ["fox.png"])
+    talk.add("and now?", "a dog", ["dog.png"])
+    turns, pictures = talk.asked("which is red?", ["red.png"])
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert pictures == ["fox.png", "dog.png", "red.png"] and [turn.pictures for turn in turns] == [0, 1, 0, 1, 0, 1]
+    assert talk.forget_oldest() and talk.pictures == ["dog.png"]
+    talk.clear()
+    assert not talk.forget_oldest() and [turn.text for turn in talk.asked("hi")[0]] == ["be brief", "hi"]
