@@ -22,7 +22,8 @@ _context.set_forkserver_preload(
         "torch",
         "torch.distributed",
         "fairscale.nn.model_parallel.initialize",
-        "fairscale.nn.model_parallel.mappings",
+        "fairscale.nn.model_parallel.layers",
+        "timm",
         "pytest",
     ]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,35 @@ def test_a_legacy_config_of_the_reference_is_understood() -> None:
     saved = {"dim": 64, "n_heads": 4, "n_kv_heads": None, "vocab_size": 100, "max_batch_size": 32, "max_seq_len": 512}
     spec = read_spec({**saved, "rope_scaling": None, "lora_rank": 16, "bias_tuning": True}, llama_type="llama_peft")
     assert spec.peft.lora_rank == 16 and spec.peft.norm_tuning and spec.llama.max_seq_len == 512
+
+
+MEASURE = """
+import gc, sys, torch
+from accessory.assemble import Spec, build, load
+from accessory.checkpoint import open_folders
+from accessory.dist import Shard
+from accessory.model import LlamaConfig
+
+def anonymous():
+    gc.collect()
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+checkpoint = open_folders(sys.argv[1])
+model = build(Spec("llama", LlamaConfig(**checkpoint.config)), shard=Shard(1, 2))
+before = anonymous()
+load(model, checkpoint, device="cpu")
+model.requires_grad_(False).fuse()
+kept = sum(p.nbytes for p in model.parameters())
+print((anonymous() - before) / kept)
+"""
+
+
+def test_a_rank_holds_little_more_memory_than_its_weights(tmp_path: Path) -> None:
+    config = {"dim": 512, "n_layers": 6, "n_heads": 8, "hidden_dim": 1536, "vocab_size": 2000, "max_seq_len": 64}
+    model = build(read_spec(config))
+    write_folder(tmp_path / "model", whole_weights(model), config=config, meta={"llama_type": "llama"})
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "model")], capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    assert 0.9 < float(run.stdout) < 1.3

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ def main():
     dist.launch(3)
     rank = os.environ["RANK"]
     if rank != "0":
-        print("follower", rank, os.getpid(), flush=True)
+        os.write(1, f"follower {rank} {os.getpid()}\\n".encode())
         if sys.stdin.read() != "" or "fail" in sys.argv and rank == "2":
             raise ValueError("wrong input on purpose")
     if "refuse" in sys.argv:
@@ -85,9 +86,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**mine, **extra}
 
 
-def start(argv: list[str], **extra: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment(**extra))
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a process with pipes, and sees to it that none outlives its test, followers included."""
+    with ExitStack() as started:
+
+        def run(argv: list[str], *, stdin: int = subprocess.PIPE, **extra: str) -> subprocess.Popen[str]:
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=environment(**extra))
+            started.enter_context(process)
+            started.callback(process.kill)
+            return process
+
+        yield run
 
 
 def gone(pid: int, within: float = 20.0) -> bool:
@@ -353,7 +367,7 @@ def test_launching_contradicts_neither_the_launcher_nor_sense(monkeypatch):
         dist.launch(4)
 
 
-def test_a_killed_follower_ends_the_job_non_zero_and_leaves_no_process(tmp_path):
+def test_a_killed_follower_ends_the_job_non_zero_and_leaves_no_process(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED)])
     one, two = followers(leader, count=2)
     os.kill(one, signal.SIGKILL)
@@ -364,7 +378,7 @@ def test_a_killed_follower_ends_the_job_non_zero_and_leaves_no_process(tmp_path)
     assert gone(one) and gone(two)
 
 
-def test_followers_die_with_a_killed_leader(tmp_path):
+def test_followers_die_with_a_killed_leader(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED)], TMPDIR=str(tmp_path))
     pids = followers(leader, count=2)
     leader.kill()
@@ -372,14 +386,14 @@ def test_followers_die_with_a_killed_leader(tmp_path):
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_leader_that_returns_takes_its_followers_along(tmp_path):
+def test_a_leader_that_returns_takes_its_followers_along(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED), "leave"], TMPDIR=str(tmp_path))
     out, _ = leader.communicate(timeout=20)
     assert (leader.returncode, out) == (0, "answer\n")
     assert not list(tmp_path.glob("accessory-*")), "the meeting place was left behind"
 
 
-def test_a_followers_own_error_is_shown_and_ends_the_job(tmp_path):
+def test_a_followers_own_error_is_shown_and_ends_the_job(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED), "fail"])
     pids = followers(leader, count=2)
     _, err = leader.communicate(timeout=20)
@@ -391,14 +405,14 @@ def test_a_followers_own_error_is_shown_and_ends_the_job(tmp_path):
     assert all(gone(pid) for pid in pids)
 
 
-def test_an_error_that_all_ranks_share_is_said_once(tmp_path):
+def test_an_error_that_all_ranks_share_is_said_once(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED), "refuse"])
     _, err = leader.communicate(timeout=20)
     assert leader.returncode == 1
     assert [line for line in err.splitlines() if "error" in line] == ["accessory: error: no such folder"]
 
 
-def test_an_interrupt_from_the_terminal_reaches_the_leader_alone(tmp_path):
+def test_an_interrupt_from_the_terminal_reaches_the_leader_alone(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, LAUNCHED)])
     pids = followers(leader, count=2)
     assert all(os.getpgid(pid) != os.getpgid(leader.pid) for pid in pids)
@@ -419,17 +433,15 @@ if os.environ["RANK"] == "0":
     termios.tcsetattr(0, termios.TCSANOW, raw)
     print("raw", flush=True)
 else:
-    print("follower", 1, os.getpid(), flush=True)
+    os.write(1, f"follower 1 {os.getpid()}\\n".encode())
 signal.pause()
 """
 
 
-def test_the_terminal_is_restored_when_a_follower_dies(tmp_path):
+def test_the_terminal_is_restored_when_a_follower_dies(start, tmp_path):
     ours, theirs = os.openpty()
     before = termios.tcgetattr(theirs)
-    pipe = subprocess.PIPE
-    argv = [sys.executable, script(tmp_path, RAW)]
-    leader = subprocess.Popen(argv, stdin=theirs, stdout=pipe, stderr=pipe, text=True, env=environment())
+    leader = start([sys.executable, script(tmp_path, RAW)], stdin=theirs)
     (pid,) = followers(leader, count=1)
     assert leader.stdout is not None and leader.stdout.readline() == "raw\n"
     assert termios.tcgetattr(theirs) != before
@@ -443,14 +455,14 @@ def test_the_terminal_is_restored_when_a_follower_dies(tmp_path):
 # ---- whole jobs
 
 
-def test_a_launched_job_computes_and_stdout_carries_the_answer_alone(tmp_path):
+def test_a_launched_job_computes_and_stdout_carries_the_answer_alone(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, JOB), "launch"])
     out, err = leader.communicate(timeout=120)
     assert (leader.returncode, out) == (0, "sum 3\n"), err
     assert err == "2 ranks: tp 2 x dp 1, gloo over cpu\n"
 
 
-def test_a_rank_killed_in_a_launched_job_ends_it_with_one_sentence(tmp_path):
+def test_a_rank_killed_in_a_launched_job_ends_it_with_one_sentence(start, tmp_path):
     leader = start([sys.executable, script(tmp_path, JOB), "launch", "die"])
     out, err = leader.communicate(timeout=120)
     assert (leader.returncode, out) == (1, "sum 3\n")
@@ -458,7 +470,7 @@ def test_a_rank_killed_in_a_launched_job_ends_it_with_one_sentence(tmp_path):
     assert errors == ["accessory: error: rank 1 was killed by SIGKILL before the work was done"]
 
 
-def test_a_rank_killed_under_torchrun_ends_the_job_non_zero(tmp_path):
+def test_a_rank_killed_under_torchrun_ends_the_job_non_zero(start, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     job = start([*torchrun, script(tmp_path, JOB), "die"])
     out, err = job.communicate(timeout=120)
@@ -466,7 +478,7 @@ def test_a_rank_killed_under_torchrun_ends_the_job_non_zero(tmp_path):
     assert "accessory: error: another rank of this job ended" in err
 
 
-def test_an_srun_job_meets_through_slurms_variables(tmp_path):
+def test_an_srun_job_meets_through_slurms_variables(start, tmp_path):
     shared = dict(SLURM_NTASKS="2", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost", MASTER_PORT=free_port())
     path = script(tmp_path, JOB)
     tasks = [start([sys.executable, path], SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in "01"]

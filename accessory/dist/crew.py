@@ -86,7 +86,7 @@ def abandon() -> None:
 def lost_rank() -> str:
     """For a rank whose collective failed: a sentence on why. In a launched job the watcher, who knows, speaks first."""
     if _crew is not None and not _crew.closing:
-        threading.Event().wait(2.0)  # the watcher names the rank and ends this process meanwhile
+        threading.Event().wait(5.0)  # the watcher names the rank and ends this process meanwhile
     return "another rank of this job ended, or can no longer be reached"
 
 
@@ -126,7 +126,7 @@ class _Crew:
         if self.closing or not self.verdict.acquire(blocking=False):
             return
         try:
-            self.end()
+            self.kill()  # without forgetting the crew: the main thread, if it fails too, leaves the word to this one
             if self.screen is not None:
                 import termios
 
@@ -150,20 +150,24 @@ class _Crew:
                 raise ChildProcessError(f"rank {rank} {fate} when the work was done")
 
     def end(self) -> None:
-        """Kill and reap what still runs, and be one process again."""
+        """Kill what still runs, and be one process again."""
         global _crew
         self.closing, _crew = True, None
-        for follower in self.followers:
-            follower.kill()
-        for follower in self.followers:
-            follower.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.kill()
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.hold)
             del self.hold
         for name in _NAMES:
             os.environ.pop(name, None)
         atexit.unregister(self.end)
+
+    def kill(self) -> None:
+        """Kill and reap the followers, and remove their meeting place."""
+        for follower in self.followers:
+            follower.kill()
+        for follower in self.followers:
+            follower.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _fate(code: int) -> str:
