@@ -10,22 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toys import ONE, TOWER, VISION
 from fixtures import toys
 from meta import positions_of, whole_weights
 
 from accessory.assemble import TYPES, build, open_model, read_spec
 from accessory.checkpoint import write_folder
-from accessory.dist import Ranks, Shard
+from accessory.dist import Ranks
 from spawn import run_ranks
 
-ONE = Ranks(0, 1, 0, Shard(), 0, 1, torch.device("cpu"))
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "max_seq_len": 64}
-TOWER = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-VISION: dict[str, dict[str, Any]] = {
-    "qformer": {"queries": 4, "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64},
-    "clip": {"tower_proj": 24},
-    "perceiver": {"tower_proj": 24, "queries": 3, "hidden": 24, "layers": 1, "heads": 2},
-}
 PEFT: dict[str, dict[str, Any]] = {
     "llama_peft": {"lora_rank": 4},
     "llama_qformerv2_peft": {"lora_rank": 4},
