@@ -90,8 +90,11 @@ def open_model(
     checkpoint = open_folders(paths)
     keys = {key for source in checkpoint.sources for key in source.stored}
     tokenizer = open_tokenizer(_tokenizer_path(checkpoint, tokenizer_path))
-    overrides = {"max_seq_len": max_seq_len} if max_seq_len else {}
-    config = {**checkpoint.config, **read_configs(llama_config), **overrides}
+    config = {**checkpoint.config, **read_configs(llama_config)}
+    if "dim" not in config:
+        log.warning("no params.json or config.json says the model's sizes: taking LLaMA 7B's; give --llama_config")
+    if max_seq_len:
+        config = _with_window(config, max_seq_len)
     spec = read_spec(
         config, llama_type=llama_type or checkpoint.meta.get("llama_type"), keys=keys, vocab_size=tokenizer.size
     )
@@ -156,7 +159,7 @@ def read_configs(paths: Sequence[str | Path]) -> dict[str, Any]:
     """The union of JSON files; later files override."""
     merged: dict[str, Any] = {}
     for path in paths:
-        merged.update(load_json(path))
+        merged.update(load_json(Path(path)))
     return merged
 
 
@@ -180,20 +183,34 @@ def read_spec(
         raise ValueError(f"llama_type: got {kind!r}, expected one of {', '.join(TYPES)}")
     vision_kind, peft_defaults = TYPES[kind]
     vision = config.pop("vision", None)
-    vision = VisionConfig.reference(vision_kind) if sees and vision is None else vision
+    if sees and vision is None:
+        vision = VisionConfig.reference(vision_kind)
     if isinstance(vision, Mapping):
         vision = VisionConfig.from_dict(vision)
+    if vision is not None and getattr(vision, "kind", None) != vision_kind:
+        got = getattr(vision, "kind", vision)
+        raise ValueError(f"vision: got kind {got!r}, expected {vision_kind!r} with llama_type {kind}; correct one")
     template = config.pop("template", None)
-    peft = {**peft_defaults, **{name: config.pop(name) for name in _names(PeftConfig) if name in config}}
+    given = {name: config.pop(name) for name in _names(PeftConfig) if name in config}
+    peft = {**peft_defaults, **{name: value for name, value in given.items() if value is not None}}
     if kind == "llama_adapter" and not peft.get("prefix_layers"):
         peft["prefix_layers"] = config.get("n_layers", LlamaConfig.n_layers)
+    _check_types(PeftConfig, peft)
     if kind in ("llama", "llama_qformerv2"):
+        adds = {name: peft[name] for name in ("lora_rank", "bias_tuning", "prefix_layers") if (peft.get(name) or 0) > 0}
+        if adds:
+            raise ValueError(
+                f"llama_type: got {kind} with {adds}, expected a _peft or _adapter type for these; correct one of them"
+            )
         peft = {}
-    llama = _llama_config(config, keys, vocab_size)
+    rows = peft.get("prefix_len", PeftConfig.prefix_len)
+    if vision_kind == "perceiver" and vision is not None and vision.queries != rows:
+        raise ValueError(f"vision: got {vision.queries} queries for prefix_len {rows}, expected as many; correct one")
+    llama = _llama_config(config, vocab_size)
     return Spec(llama_type=kind, llama=llama, vision=vision, peft=PeftConfig(**peft), template=template)
 
 
-def _llama_config(config: dict[str, Any], keys: Collection[str], vocab_size: int | None) -> LlamaConfig:
+def _llama_config(config: dict[str, Any], vocab_size: int | None) -> LlamaConfig:
     """Meta's params.json (or our config.json) as a LlamaConfig."""
     config = dict(config)
     if config.pop("use_scaled_rope", False):  # Llama 3.1 and later, as Meta writes it
@@ -209,11 +226,10 @@ def _llama_config(config: dict[str, Any], keys: Collection[str], vocab_size: int
         raise ValueError(
             f"config: got unknown {', '.join(unknown)}, expected fields of {', '.join(sorted(_names(LlamaConfig)))}"
         )
-    if keys and "output.weight" not in keys and "tok_embeddings.weight" in keys:
-        config.setdefault("tied", True)
     if not config.get("max_seq_len"):
         config["max_seq_len"] = DEFAULT_WINDOW
-    rows = config.get("vocab_size") or -1
+    rows = config["vocab_size"] = config.get("vocab_size") or -1
+    _check_types(LlamaConfig, config)
     if rows == -1:
         config["vocab_size"] = vocab_size
     elif vocab_size is not None and not vocab_size <= rows <= vocab_size * 1.05 + 256:
@@ -237,6 +253,25 @@ def _type_of(keys: Collection[str]) -> str:
         else "llama"
     )
     return f"{kind}_peft" if peft else kind
+
+
+def _with_window(config: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """The config with another window; dynamic rotary scaling goes on from the window that the model was trained for."""
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping) and "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
+        trained = scaling.get("original_max_position_embeddings") or config.get("max_seq_len") or DEFAULT_WINDOW
+        scaling = {**scaling, "original_max_position_embeddings": trained}
+    return {**config, "rope_scaling": scaling, "max_seq_len": max_seq_len}
+
+
+def _check_types(config: type, values: Mapping[str, Any]) -> None:
+    """ValueError where a JSON value is of another type than its field."""
+    plain = {"int": int, "float": (int, float), "bool": bool, "None": type(None), "dict": dict, "tuple": (list, tuple)}
+    for field in fields(config):
+        value, words = values.get(field.name, field.default), field.type.split(" | ")
+        fits = [word for word in words if isinstance(value, plain[word.partition("[")[0]])]
+        if not fits or (isinstance(value, bool) and "bool" not in words):
+            raise ValueError(f"config: got {field.name} {value!r}, expected {field.type}; correct params.json")
 
 
 def _names(config: type) -> set[str]:

@@ -183,7 +183,8 @@ def _count(report: Report, source: Source) -> None:
 def _compare(report: Report, shapes: dict[str, tuple[int, ...]]) -> None:
     """Note where the config contradicts the tensors."""
     layers = {key.split(".")[1] for key in shapes if key.startswith("layers.")}
-    vocab, dim = shapes.get("tok_embeddings.weight", (None, None))
+    table = shapes.get("tok_embeddings.weight", ())
+    vocab, dim = table if len(table) == 2 else (None, None)
     seen = {"vocab_size": vocab, "dim": dim, "n_layers": len(layers) if vocab else None}
     for name, there in seen.items():
         said = report.config.get(name)

@@ -53,6 +53,8 @@ class PeftConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if unknown := set(self.lora_targets) - set(SEVEN):
             raise ValueError(f"lora_targets: got {', '.join(sorted(unknown))}, expected some of {', '.join(SEVEN)}")
+        if self.prefix_layers < 0:
+            raise ValueError(f"prefix_layers: got {self.prefix_layers}, expected 0 (no adapter) or more layers")
         if self.prefix_layers > 0 and self.prefix_len < 1:
             raise ValueError(f"prefix_len: got {self.prefix_len}, expected at least 1; prefix_layers 0 is no adapter")
         if not 0 <= self.lora_dropout < 1:
@@ -226,8 +228,10 @@ def init_peft(model: Llama, *, seed: int = 0, names: Collection[str] | None = No
     from accessory.model.llama import draw_whole
 
     added = re.compile(r".+\.lora_[ab]\.weight|layers\..+\.bias|prefix|prefix_gate|prefix_new_gate")
+    own_bias = re.compile(r".+\.attention\.w[qkv]\.bias" if model.config.qkv_bias else r"(?!)")  # the base's
     for name, parameter in model.named_parameters():
-        if not added.fullmatch(name) or (names is not None and name not in names):
+        chosen = not own_bias.fullmatch(name) if names is None else name in names
+        if not (chosen and added.fullmatch(name)):
             continue
         if name == "prefix_new_gate":
             parameter.fill_(1.0)

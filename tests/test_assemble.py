@@ -14,7 +14,7 @@ from engine_toys import ONE, TOWER, VISION
 from fixtures import toys
 from meta import positions_of, whole_weights
 
-from accessory.assemble import TYPES, build, open_model, read_spec
+from accessory.assemble import TYPES, build, open_model, read_configs, read_spec
 from accessory.checkpoint import write_folder
 from accessory.dist import Ranks
 from spawn import run_ranks
@@ -125,11 +125,55 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated(tm
         ({"dimm": 4}, None, "dimm"),
         ({}, "llama_ens", "llama_type: got 'llama_ens'"),
         ({"vocab_size": -1}, None, "vocab_size"),
+        ({"dim": "4096", "vocab_size": 100}, None, "dim '4096', expected int"),
+        ({"n_layers": 2.5, "vocab_size": 100}, None, "n_layers 2.5"),
+        ({"norm_eps": True, "vocab_size": 100}, None, "norm_eps True"),
+        ({"lora_rank": "16", "vocab_size": 100}, "llama_peft", "lora_rank '16'"),
+        ({"lora_rank": 16, "vocab_size": 100}, "llama", "llama_type: got llama with .*lora_rank"),
+        ({"vision": "clip", "vocab_size": 100}, "llama", "vision: got kind 'clip'"),
+        ({"vision": {"kind": "perceiver"}, "vocab_size": 100}, "llama_qformerv2", "expected 'qformer'"),
+        ({"vision": {"kind": "perceiver"}, "vocab_size": 100}, "llama_adapter", "32 queries for prefix_len 10"),
     ],
 )
 def test_unknown_keys_and_types_are_refused(config: dict, kind: str | None, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         read_spec(config, llama_type=kind)
+
+
+def test_a_missing_head_is_missing_and_no_sign_of_tied_embeddings(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "llama", sees=False, drop=("output.weight",))
+    with pytest.raises(ValueError, match=r"1 missing in .*output\.weight"):
+        open_model([folder], ranks=ONE)
+
+
+def test_a_folder_that_does_not_say_its_sizes_is_not_guessed_in_silence(tmp_path: Path, caplog: Any) -> None:
+    whole = write(tmp_path / "model", "llama", sees=False)
+    weights = {"norm.weight": torch.ones(64)}
+    write_folder(tmp_path / "legacy", weights, tokenizer=whole / "tokenizer.model")
+    with pytest.raises(ValueError, match="misshaped"):
+        open_model([tmp_path / "legacy"], ranks=ONE)
+    assert "taking LLaMA 7B's; give --llama_config" in caplog.text
+
+
+def test_config_files_are_a_union_in_which_later_ones_count(tmp_path: Path) -> None:
+    for name, text in (("a.json", '{"dim": 64, "n_heads": 4}'), ("b.json", '{"n_heads": 2, "lora_rank": 4}')):
+        (tmp_path / name).write_text(text)
+    wanted = {"dim": 64, "n_heads": 2, "lora_rank": 4}
+    assert read_configs([str(tmp_path / "a.json"), tmp_path / "b.json"]) == wanted
+    with pytest.raises(ValueError, match=r"c\.json: cannot be read"):
+        read_configs([str(tmp_path / "c.json")])
+
+
+def test_a_longer_window_starts_dynamic_scaling_where_training_ended(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "llama", sees=False)
+    (tmp_path / "more.json").write_text('{"rope_scaling": {"type": "dynamic", "factor": 2.0}}')
+    opened = [
+        open_model([folder], ranks=ONE, dtype=torch.float32, llama_config=[tmp_path / "more.json"], max_seq_len=length)
+        for length in (None, 256)
+    ]
+    positions = torch.arange(100).unsqueeze(0)
+    assert [bundle.config.max_seq_len for bundle in opened] == [64, 256]
+    assert torch.equal(*(bundle.model.rope(positions) for bundle in opened))
 
 
 def test_metas_llama_3_1_scaling_is_understood() -> None:

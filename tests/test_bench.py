@@ -68,3 +68,8 @@ def test_a_lower_time_is_a_higher_ratio() -> None:
 def test_the_first_word_must_say_what_to_measure() -> None:
     with pytest.raises(ValueError, match="bench: got 'speed', expected one of decode, prefill, load"):
         run.main(["speed"])
+
+
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="--tokens: got 0, expected at least 1"):
+        run.main(["decode", "--tokens", "0"])

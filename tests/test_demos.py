@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -19,6 +20,8 @@ import psutil
 import pytest
 from engine_toys import ONE, opened, picture, write_model
 
+from accessory.checkpoint import write_folder
+from accessory.data.template import Turn
 from accessory.engine import Conversation, Engine, Request
 from accessory.serve.keyboard import _edited
 from accessory.serve.settings import Settings
@@ -76,6 +79,22 @@ def test_one_shot_prints_the_answer_alone(say, answers, seeing):
     assert say("single_turn", "--prompt", "hello") == answers("hello")
     image = str(seeing.parent / "noise.png")
     assert say("single_turn_mm", "--image", image, "--prompt", "what?") == answers("what?", "noise.png")
+
+
+def test_the_seeds_flags_open_a_folder_without_small_files(seeing, answers, tmp_path, capfd):
+    config = json.loads((seeing / "config.json").read_text())
+    for name, part in (("params", config.keys() - {"vision"}), ("vision", {"vision"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({key: config[key] for key in part}))
+    legacy, picture_path = tmp_path / "legacy", str(seeing.parent / "noise.png")
+    write_folder(legacy, opened(seeing).model.state_dict(), fmt="pth", shards=2)
+    for name in ("meta.json", "manifest.json"):
+        (legacy / name).unlink()
+    files = ["--llama_config", str(tmp_path / "params.json"), str(tmp_path / "vision.json")]
+    files += ["--tokenizer_path", str(seeing / "tokenizer.model"), "--pretrained_path", str(legacy)]
+    asked = ["--prompt", "what", "--image", picture_path, "--dtype", "fp32", "--max_gen_len", "6"]
+    talk("single_turn_mm", ["--llama_type", "llama_qformerv2", *files, *asked])
+    assert capfd.readouterr().out == answers([Turn("user", "what", 1)], "noise.png")
+    logging.getLogger("accessory").handlers.clear()
 
 
 def test_a_template_changes_what_is_asked_and_none_passes_it_raw(say, answers):
@@ -146,6 +165,7 @@ def test_a_picture_stays_in_view_until_another_or_none(say, answers, seeing):
         (["--prompt", "what", "is", "it"], "put it in quotes"),
         (["--noinstruct", "--template", "alpaca"], "with --noinstruct"),
         (["--n_gpus", "2", "--gpu_ids", "0", "1"], "together with --n_gpus"),
+        (["--n_gpus", "0"], "--n_gpus: got 0"),
         (["--gpu_ids", "1", "1"], "different GPUs"),
         (["--max_gen_len", "0"], "--max_gen_len: got 0"),
         (["--max_seq_len", "1"], "--max_seq_len: got 1"),
@@ -200,6 +220,7 @@ def test_a_bare_checkout_answers_about_a_picture_over_two_ranks_from_anywhere(se
     )
     assert (done.returncode, done.stdout) == (0, answers("what?", "noise.png")), done.stderr
     assert str(seeing) in done.stderr and "cut after 6 tokens" in done.stderr
+    assert done.stderr.count("2 ranks: tp 2 x dp 1, gloo over cpu") == 1, done.stderr
 
 
 def test_the_help_of_a_demo_needs_no_torch():

@@ -89,6 +89,17 @@ def test_a_picture_after_bos_leaves_the_ids_of_the_text_alone(opened):
     assert with_picture.slots[1:35] == list(range(34))
 
 
+def test_a_picture_may_stand_before_bos_as_with_the_references_clip(opened):
+    tokenizer = opened["sentencepiece"]
+    parts = render("alpaca", [Turn("user", "hi there", 1)])
+    encoded = encode(parts, tokenizer, slots_per_picture=[5], before_bos=True)
+    assert encoded.slots[:6] == [0, 1, 2, 3, 4, -1]
+    assert encoded.ids[5:] == encode(render("alpaca", [Turn("user", "hi there")]), tokenizer).ids
+    short = truncate_left(encoded, limit=8)
+    assert short.slots[:6] == encoded.slots[:6] and short.ids[5] == tokenizer.bos_id
+    assert short.ids[6:] == encoded.ids[-2:]
+
+
 def test_text_around_a_picture_is_tokenised_as_llava_does(opened):
     tokenizer = opened["sentencepiece"]
     encoded = encode(render("llama2", [Turn("user", "what", 1)]), tokenizer, slots_per_picture=[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,14 @@ def test_truncation_keeps_bos_pictures_and_the_newest_text(bundle, caplog):
     assert bundle.tokenizer.decode(prompt.ids).endswith("the lazy dog")
     result = engine.generate([request])[0]
     assert result.dropped == prompt.dropped > 0 and len(result.ids) == 8
+
+
+def test_pictures_stand_before_bos_where_the_model_was_trained_so(bundle):
+    engine = Engine(replace(bundle, vision=replace(bundle.vision, before_bos=True)), ONE)
+    request, count = raw("a fox", pictures=[picture(1)]), bundle.model.vision.slots
+    prompt = engine._prompter(request)
+    assert prompt.slots[: count + 1] == [*range(count), -1] and prompt.ids[count] == bundle.tokenizer.bos_id
+    assert engine.generate([request])[0].prompt_tokens == len(prompt.ids)
 
 
 def test_truncation_that_cannot_help_says_so(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from meta import positions_of, toy
 
@@ -25,6 +26,12 @@ def test_a_gaussian_weight_loses_about_nine_percent() -> None:
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     error = (Nf4(weight).dequantised() - weight).norm() / weight.norm()
     assert 0.07 < error < 0.11
+
+
+@pytest.mark.parametrize("shape", [(100, 48), (64, 352), (33, 96), (31, 33)])
+def test_rows_of_any_length_lose_no_more(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert (Nf4(weight).dequantised() - weight).norm() / weight.norm() < 0.11
 
 
 def test_codes_are_the_nearest_of_the_published_sixteen() -> None:

@@ -36,6 +36,16 @@ def test_a_fresh_method_changes_no_output_and_no_base_key(peft: dict) -> None:
     assert torch.equal(plain(IDS, positions_of(IDS)), tuned(IDS, positions_of(IDS)))
 
 
+def test_first_values_leave_the_biases_of_the_base_alone() -> None:
+    model = toy(LlamaConfig(dim=64, n_layers=1, n_heads=4, vocab_size=100, multiple_of=16, qkv_bias=True))
+    apply_peft(model, PeftConfig(bias_tuning=True), device="cpu")
+    before = model.layers[0].attention.wq.bias.clone()
+    init_peft(model)
+    assert torch.equal(model.layers[0].attention.wq.bias, before) and not model.layers[0].attention.wo.bias.any()
+    init_peft(model, names={"layers.0.attention.wq.bias"})
+    assert not model.layers[0].attention.wq.bias.any()
+
+
 def test_only_the_chosen_parameters_are_trainable() -> None:
     model = with_peft(lora_rank=2, bias_tuning=True, norm_tuning=True)
     config = PeftConfig(lora_rank=2, bias_tuning=True, norm_tuning=True)
@@ -130,6 +140,7 @@ def test_stored_prompts_equal_prompts_computed_in_the_forward() -> None:
         ({"lora_rank": 2, "lora_targets": ("q_proj",)}, "lora_targets"),
         ({"prefix_layers": 2, "prefix_len": 0}, "prefix_len"),
         ({"prefix_layers": 9}, "prefix_layers"),
+        ({"prefix_layers": -1}, "prefix_layers"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
     ],
 )

@@ -61,6 +61,7 @@ GOLDEN = {
     "<start_header_id>assistant<end_header_id>\n\n",
     "chatml": "<im_start>user\nhi<im_end>\n<im_start>assistant\n[[yo<im_end>]]\n<im_start>user\nq2<im_end>\n"
     "<im_start>assistant\n",
+    "tiny": "<bos>Human: hi\nAssistant:[[ yo<eos>]]Human: q2\nAssistant:",
 }
 END = {
     "dialog": ("[[ a2\n###]]<eos>"),
@@ -68,7 +69,7 @@ END = {
     "llama2": "[[ a2 <eos>]]",
     "llama3": "[[a2<eot_id>]]",
 }
-END |= {name: "[[ a2<eos>]]" for name in ("vicuna_v1", "llava_v1")}
+END |= {name: "[[ a2<eos>]]" for name in ("vicuna_v1", "llava_v1", "tiny")}
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -97,6 +97,7 @@ def test_full_size_encoders_build_without_memory_and_count_their_rows(kind, slot
     assert (module.slots, module.prompt_rows) == (slots, rows)
     assert module(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, slots or rows, 4096)
     assert {(t.device.type, t.dtype) for t in module.state_dict().values()} == {("meta", torch.bfloat16)}
+    assert module.config.before_bos == (kind == "clip")
 
 
 @pytest.mark.parametrize("kind", ["qformer", "clip", "perceiver"])

@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in WHAT:
         raise ValueError(usage)
     what, settings = argv[0], parse(Settings, argv[1:], prog="accessory bench WHAT", description=Settings.__doc__ or "")
+    for name in ("prompt", "tokens", "rounds"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(settings, name)}, expected at least 1")
     device = pick_device(settings.device)
     about = _about(settings, device)
     lines = _load(settings, device) if what == "load" else _speed(what, settings, device, about)

@@ -81,7 +81,7 @@ class Source:
             return Join(transform_shape(stored.transform, stored.shapes[0])) if len(set(stored.shapes)) == 1 else None
         dim = names.cut_dim(key, tied=bool(self.folder.config.get("tied")))
         width = self.stored.get("norm.weight")
-        width = width.shapes[0][0] if width and width.whole else self.folder.config.get("dim")
+        width = width.shapes[0][0] if width and width.whole and width.shapes[0] else self.folder.config.get("dim")
         if key == "tok_embeddings.weight" and width and len(stored.shapes[0]) == 2:
             dim = 0 if stored.shapes[0][1] == width else 1  # whole rows: Llama 3 of Meta, and tied embeddings
         return guess_join(stored.shapes, dim)

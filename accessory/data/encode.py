@@ -11,7 +11,7 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from accessory.data.template import Control, Part, Picture, Template, Text
+from accessory.data.template import BOS, Control, Part, Picture, Template, Text
 from accessory.data.tokenizer import Tokenizer
 
 
@@ -28,17 +28,21 @@ class Encoded:
     text: str
     """The conversation for human eyes: control tokens by name, pictures as <picture 0>. Never tokenised."""
     head: int = 0
-    """Leading control tokens (BOS) that truncation keeps."""
+    """Leading positions that truncation keeps: BOS, and pictures before it."""
 
 
-def encode(parts: Sequence[Part], tokenizer: Tokenizer, *, slots_per_picture: Sequence[int] = ()) -> Encoded:
+def encode(
+    parts: Sequence[Part], tokenizer: Tokenizer, *, slots_per_picture: Sequence[int] = (), before_bos: bool = False
+) -> Encoded:
     """Encode parts.
 
-    slots_per_picture: how many feature rows each picture fills, in the order of their numbers. A token that straddles
-    the beginning of an answer belongs to the answer. BOS is left out where the tokenizer has none. Raises ValueError if
-    pictures and slots do not match, or a control token is unknown.
+    slots_per_picture: how many feature rows each picture fills, in the order of their numbers. before_bos: pictures
+    that directly follow the first BOS go before it. A token that straddles the beginning of an answer belongs to the
+    answer. BOS is left out where the tokenizer has none. Raises ValueError if pictures and slots do not match, or a
+    control token is unknown.
     """
     _check_pictures(parts, slots_per_picture)
+    parts = _pictures_first(parts) if before_bos else parts
     first_row = [sum(slots_per_picture[:i]) for i in range(len(slots_per_picture))]
     out = Encoded([], [], [], "".join(_shown(part) for part in parts))
     head = 0
@@ -49,8 +53,8 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, *, slots_per_picture: Se
         elif isinstance(run, Control):
             if run.name == "bos" and tokenizer.bos_id is None:
                 continue
-            if run.name == "bos" and not out.ids:
-                head = 1
+            if run.name == "bos" and all(slot >= 0 for slot in out.slots):
+                head = len(out.ids) + 1
             _extend(out, [tokenizer.control(run.name)], [run.supervised])
         else:
             _extend(out, *_encode_run(run, tokenizer))
@@ -90,6 +94,14 @@ def stop_ids(template: Template, tokenizer: Tokenizer) -> frozenset[int]:
     if not found and unknown is not None:
         raise unknown
     return frozenset(found)
+
+
+def _pictures_first(parts: Sequence[Part]) -> Sequence[Part]:
+    """Pictures that directly follow a first BOS, then BOS, then the rest."""
+    if not parts or parts[0] != BOS:
+        return parts
+    stop = next((at for at, part in enumerate(parts[1:], start=1) if not isinstance(part, Picture)), len(parts))
+    return [*parts[1:stop], parts[0], *parts[stop:]]
 
 
 def _extend(out: Encoded, ids: list[int], supervised: list[bool], row: int | None = None) -> None:

@@ -277,6 +277,14 @@ _ACCESSORY: dict[str, Template] = {
     ),
     "caption": Template(start=(BOS, Pictures()), user=(), answer=("{text}", EOS), between=(Pictures(),)),
     "none": Template(start=(BOS, Pictures()), user=("{text}",), answer=("{text}", EOS), between=(Pictures(),)),
+    # The model that ships with the package.
+    "tiny": Template(
+        start=(BOS, Pictures()),
+        user=("Human: {text}\n",),
+        opening=("Assistant:",),
+        answer=(" {text}", EOS),
+        between=(Pictures(),),
+    ),
     "vicuna_v1": _VICUNA,
     "llava_v1": replace(_VICUNA, default_system=_CURIOUS.format("human")),
     "llama2": Template(

@@ -51,10 +51,11 @@ class Prompter:
         self.tokenizer, self.window = bundle.tokenizer, window
         self._template, self._source = bundle.template, bundle.source
         self._vision = getattr(bundle.model, "vision", None)
-        self._transform = None
+        self._transform, self._before_bos = None, False
         if self._vision is not None:
             seen = bundle.vision
             assert seen is not None, "a model that sees has a VisionConfig"
+            self._before_bos = seen.before_bos
             name = image_transform or seen.image_transform
             self._transform = transform(name, size=seen.image_size, mean=seen.mean, std=seen.std)
 
@@ -94,7 +95,8 @@ class Prompter:
         if not slots:  # pictures that go into an adapter's prompt take no place in the sequence
             turns = [replace(turn, pictures=0) for turn in turns]
         parts = render(form, turns)
-        encoded = encode(parts, self.tokenizer, slots_per_picture=[slots] * pictures if slots else ())
+        counts = [slots] * pictures if slots else ()
+        encoded = encode(parts, self.tokenizer, slots_per_picture=counts, before_bos=self._before_bos)
         if not encoded.ids:
             raise ValueError("prompt: got no token, expected at least one as this tokenizer has no BOS; say something")
         return form, parts, encoded

@@ -68,9 +68,13 @@ class LlamaConfig:
 
     def check(self, shard: Shard) -> None:
         """ValueError where the sizes contradict each other or cannot be cut across `shard.size` ranks."""
-        for name in ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
+        for name in ("dim", "n_layers", "n_heads", "kv_heads", "vocab_size", "multiple_of", "ffn_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a positive number; check params.json")
+        if not (self.rope_theta > 0 and self.norm_eps >= 0):
+            raise ValueError(
+                f"rope_theta: got {self.rope_theta} with norm_eps {self.norm_eps}, expected positive numbers"
+            )
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim: got {self.dim} with n_heads {self.n_heads}, expected heads of one even width")
         if self.n_heads % self.kv_heads:

@@ -83,6 +83,8 @@ def _normal(scaling: float | dict[str, Any] | None) -> dict[str, Any]:
         if not scaling > 0:
             raise ValueError(f"rope_scaling: got {scaling}, expected a positive multiplier of positions such as 0.5")
         return {"rope_type": "linear", "factor": 1.0 / scaling}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling: got {scaling!r}, expected a number or a dict with rope_type and factor")
     kind = scaling.get("rope_type", scaling.get("type"))
     kind = "none" if kind == "default" else kind
     if kind not in KINDS:
@@ -91,4 +93,7 @@ def _normal(scaling: float | dict[str, Any] | None) -> dict[str, Any]:
     needed = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
     if missing := [key for key in (*needed, *(("factor",) if kind != "none" else ())) if key not in scaling]:
         raise ValueError(f"rope_scaling: got {kind} without {', '.join(missing)}; add them from the model's config")
+    for key in ("factor", *needed) if kind != "none" else ():
+        if not isinstance(normal[key], int | float) or not normal[key] > 0:
+            raise ValueError(f"rope_scaling: got {key} {normal[key]!r}, expected a positive number")
     return normal

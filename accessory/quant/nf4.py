@@ -7,6 +7,7 @@ because it repacks the weight in place and later gives no input gradient.
 from __future__ import annotations
 
 import logging
+from math import prod
 from types import ModuleType
 
 import torch
@@ -36,6 +37,9 @@ class Nf4(nn.Module):
         super().__init__()
         functional = _bitsandbytes().functional
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self._even = weight.shape[1] % BLOCK == 0  # whether no block goes on in the next row
+        if not self._even:
+            weight = F.pad(weight.reshape(-1), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
         packed, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
@@ -53,24 +57,30 @@ class Nf4(nn.Module):
 
     def dequantised(self) -> Tensor:
         """The weight again, [out, in], in the dtype it came in."""
-        return _bitsandbytes().functional.dequantize_4bit(self.packed, self._state())
+        read = _bitsandbytes().functional.dequantize_4bit
+        if self._even:
+            return read(self.packed, self._state(self.shape))
+        # on a CPU bitsandbytes begins a new block with every row; these are read as rows of one block each
+        size = prod(self.shape)
+        return read(self.packed, self._state((-(-size // BLOCK), BLOCK))).view(-1)[:size].view(self.shape)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype (autocast's, where that is on)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.device.type == "cuda" and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-            return _bitsandbytes().matmul_4bit(x, self.packed.t(), quant_state=self._state(), bias=bias)
+        one_row = x.device.type == "cuda" and x.numel() == x.shape[-1]
+        if one_row and self._even and not torch.is_grad_enabled():
+            return _bitsandbytes().matmul_4bit(x, self.packed.t(), quant_state=self._state(self.shape), bias=bias)
         y = _Product.apply(x, self)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _state(self) -> object:
-        """bitsandbytes' description of the buffers."""
+    def _state(self, shape: tuple[int, ...]) -> object:
+        """bitsandbytes' description of the buffers, for a weight of this shape."""
         make = _bitsandbytes().functional.QuantState
         nested = make(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
         return make(
             absmax=self.absmax,
-            shape=torch.Size(self.shape),
+            shape=torch.Size(shape),
             dtype=self.dtype,
             blocksize=BLOCK,
             code=self.code,

@@ -63,6 +63,8 @@ class Settings:
             raise ValueError(f"--prompt: got {len(self.prompt)} values, expected one text; put it in quotes")
         if self.noinstruct and self.template not in ("", "none"):
             raise ValueError(f"--template: got {self.template!r} with --noinstruct, expected one of them; drop one")
+        if self.n_gpus is not None and self.n_gpus < 1:
+            raise ValueError(f"--n_gpus: got {self.n_gpus}, expected at least 1 rank; leave it out for one")
         if self.n_gpus is not None and self.gpu_ids:
             raise ValueError("--gpu_ids: given together with --n_gpus, expected one of them; drop one")
         if len(set(self.gpu_ids)) != len(self.gpu_ids) or any(gpu < 0 for gpu in self.gpu_ids):

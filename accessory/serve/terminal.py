@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from accessory.config import parse
 from accessory.dist import launch
+from accessory.dist.place import read_place
 from accessory.serve.keyboard import Keyboard
 from accessory.serve.settings import Settings
 
@@ -51,8 +52,8 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
     from accessory.engine import Engine
 
     sampling = _sampling(settings)
+    dist.setup_logging(read_place(os.environ).rank)  # before `init`, which may wait for other ranks and says so
     ranks = dist.init(device=settings.device)
-    dist.setup_logging(ranks.rank)
     if ranks.device.type == "cpu" and (settings.gpu_ids or (settings.n_gpus or 1) > 1):
         log.info("no GPU here: %d rank(s) on the CPU", ranks.world)
     bundle = open_model(

@@ -40,6 +40,8 @@ class VisionConfig:
     """What each colour is divided by, after the mean is subtracted."""
     image_transform: str = "resized_center_crop"
     """Transform to use when the user names none."""
+    before_bos: bool = False
+    """Whether pictures that open a conversation stand before BOS, as with the reference's CLIP, not behind it."""
     queries: int = 32
     """Learned queries: feature rows of a picture, start and end not counted; rows of the prefix for kind perceiver."""
     hidden: int = 768
@@ -103,7 +105,7 @@ class VisionConfig:
             return cls(tower_args=sizes, tower_eps=1e-6)
         clip = cls(kind="clip", tower="vit_large_patch14_clip_quickgelu_224", tower_proj=768)
         if kind == "clip":
-            return clip
+            return replace(clip, before_bos=True)
         return replace(clip, kind=kind, queries=10, layers=8, heads=16)
 
     @classmethod
