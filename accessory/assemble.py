@@ -98,6 +98,9 @@ def open_model(
     spec = read_spec(
         config, llama_type=llama_type or checkpoint.meta.get("llama_type"), keys=keys, vocab_size=tokenizer.size
     )
+    if spec.vision is None and (stray := sorted(key for key in keys if key.startswith("vision."))):
+        log.warning("%d tensors of a vision part without its tower are left out: %s ...", len(stray), stray[0])
+        checkpoint.leave_out(stray)
     dtype = default_dtype(ranks.device, checkpoint.main_dtype()) if dtype is None else dtype
     model = build(spec, shard=ranks.shard, dtype=dtype)
     load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
@@ -177,7 +180,7 @@ def read_spec(
     Raises ValueError for unknown types and keys, and for a tokenizer that cannot be this model's.
     """
     config = {key: value for key, value in config.items() if key not in PASSED_OVER}
-    sees = "vision" in config or any(key.startswith("vision.") for key in keys)
+    sees = "vision" in config or any(key.startswith("vision.tower.") for key in keys)
     kind = _type_of(keys) if llama_type is None else llama_type
     if kind not in TYPES:
         raise ValueError(f"llama_type: got {kind!r}, expected one of {', '.join(TYPES)}")
@@ -228,6 +231,7 @@ def _llama_config(config: dict[str, Any], vocab_size: int | None) -> LlamaConfig
         )
     if not config.get("max_seq_len"):
         config["max_seq_len"] = DEFAULT_WINDOW
+        log.info("the config names no window: taking %d tokens, Llama 2's; --max_seq_len says another", DEFAULT_WINDOW)
     rows = config["vocab_size"] = config.get("vocab_size") or -1
     _check_types(LlamaConfig, config)
     if rows == -1:

@@ -217,3 +217,13 @@ def test_a_rank_holds_little_more_memory_than_its_weights(tmp_path: Path) -> Non
     )
     assert run.returncode == 0, run.stderr
     assert 0.9 < float(run.stdout) < 1.3
+
+
+def test_stray_vision_tensors_without_a_tower_are_left_out_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path / "model", "llama_peft", sees=False)
+    more = {"vision.proj.0.bias": torch.ones(64), "vision.proj.1.weight": torch.ones(64)}
+    write_folder(tmp_path / "trained", more, config={"dim": 64}, meta={"llama_type": "llama_peft"})
+    bundle = open_model([folder, tmp_path / "trained"], ranks=ONE)
+    assert bundle.vision is None and "2 tensors of a vision part without its tower are left out" in caplog.text

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_toys import ONE, opened, picture, write_model
+from PIL import Image
 
 from accessory.assemble import Bundle
 from accessory.data.template import Turn
@@ -239,3 +240,30 @@ def test_a_conversation_remembers_and_forgets_whole_exchanges():
     assert talk.forget_oldest() and talk.pictures == ["dog.png"]
     talk.clear()
     assert not talk.forget_oldest() and [turn.text for turn in talk.asked("hi")[0]] == ["be brief", "hi"]
+
+
+def test_logits_that_are_no_numbers_are_an_error_and_poison_no_later_request(bundle):
+    engine = Engine(bundle, ONE, rows=1)
+    expected = engine.generate([raw("hello there")])[0].ids
+    norm = bundle.model.layers[0].attention_norm.weight
+    kept = norm.detach().clone()
+    norm.data.fill_(float("nan"))
+    try:
+        with pytest.raises(ValueError, match=r"logits: got NaN.*--dtype bf16 or fp32"):
+            engine.generate([raw("hello there, all of you")])
+    finally:
+        norm.data.copy_(kept)
+    assert engine.generate([raw("hello there")])[0].ids == expected
+
+
+def test_a_photograph_is_turned_as_its_exif_says_where_asked(bundle, tmp_path):
+    upright, exif = picture(3).resize((16, 16)), Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+
+    def answer(name: str, orientation: str) -> list[int]:
+        request = Request([Turn("user", "what", pictures=1)], pictures=[tmp_path / name], max_gen_len=8)
+        return Engine(bundle, ONE, orientation=orientation).generate([request])[0].ids
+
+    assert answer("turned.png", "apply") == answer("upright.png", "keep") != answer("turned.png", "keep")

@@ -67,7 +67,7 @@ def test_a_7b_in_nf4_answers_in_less_than_seven_gb() -> None:
         owner, _, leaf = name.rpartition(".")
         filled = torch.ones(parameter.shape, dtype=torch.bfloat16, device="cuda")
         model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(filled, requires_grad=False)
-    cache = model.new_cache(rows=1, size=2048)
+    cache = model.new_cache(rows=1, size=4096)
     cache.extent = 512
     ids = torch.arange(512, device="cuda").unsqueeze(0)
     model.output(model(ids, ids, cache=cache)[:, -1])

@@ -108,3 +108,9 @@ def test_deltas_and_partial_folders_are_reported_alone_and_together(tmp_path, ca
     assert "loadable in this order" in capsys.readouterr().out
     assert main([str(delta), str(base)]) == 1
     assert "cannot be loaded in this order" in capsys.readouterr().out
+
+
+def test_tensors_of_strange_shapes_are_counted_like_others(tmp_path):
+    write_folder(tmp_path / "m", {"norm.weight": torch.tensor(1.0), "tok_embeddings.weight": torch.ones(4)})
+    report = inspect(tmp_path / "m")
+    assert report.parameters == 5 and not report.faults

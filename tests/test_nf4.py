@@ -95,7 +95,7 @@ def test_lora_trains_on_a_quantised_base() -> None:
         (total / count).backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(total / count))
+        losses.append((total / count).item())
     assert losses[-1] < losses[0] - 0.1
 
 

@@ -102,6 +102,12 @@ class Checkpoint:
             counts[stored.dtype] = counts.get(stored.dtype, 0) + 1
         return max(counts, key=counts.__getitem__, default=torch.float32)
 
+    def leave_out(self, keys: Collection[str]) -> None:
+        """Forget tensors, so that nobody has to want them; the caller says so to the user."""
+        for source in self.sources:
+            for key in keys:
+                source.stored.pop(key, None)
+
     def tensors(
         self, cuts: Mapping[str, Cut], *, dtype: torch.dtype | None = None, optional: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:

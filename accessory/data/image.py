@@ -36,12 +36,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+Orientation = Literal["keep", "apply"]
 
 
 def load_picture(
     source: str | Path | bytes | Image.Image,
     *,
-    orientation: Literal["keep", "apply"] = "keep",
+    orientation: Orientation = "keep",
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
 ) -> Image.Image:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from accessory.assemble import Bundle
+from accessory.data.image import Orientation
 from accessory.dist import Ranks
 from accessory.engine.interrupt import between_steps
 from accessory.engine.prompt import Prompt, Prompter
@@ -73,10 +74,12 @@ class Engine:
         window: int | None = None,
         prefill_chunk: int = 512,
         image_transform: str | None = None,
+        orientation: Orientation = "keep",
     ) -> None:
         """rows: requests at once; window: tokens of each, prompt and answer (None: the model's); both cost memory now.
 
         prefill_chunk: most tokens of one prompt per step. image_transform: None for the model's own.
+        orientation: of photographs, `keep` as stored (the reference's) or `apply` what their EXIF says.
         Raises ValueError for numbers below 1 and unknown transforms.
         """
         window = bundle.config.max_seq_len if window is None else window
@@ -86,7 +89,7 @@ class Engine:
         self.window, self._leads, self._chunk = window, ranks.leader, prefill_chunk
         self._worker = Worker(bundle.model, rows=rows, window=window)
         self._wire = None if ranks.control is None else Wire(ranks.control, rows=rows)
-        self._prompter = Prompter(bundle, window=window, image_transform=image_transform)
+        self._prompter = Prompter(bundle, window=window, image_transform=image_transform, orientation=orientation)
         self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
         self._prompted = bundle.model.prompt is not None
         self._numbers = itertools.count()
@@ -272,7 +275,17 @@ class Engine:
     # ---- tokens to answers
 
     def _accept(self, ready: list[_Running], logits: Tensor) -> list[Event]:
-        """Choose a token for each row of logits [n, vocabulary], and move each answer on."""
+        """Choose a token for each row of logits [n, vocabulary], and move each answer on.
+
+        Raises ValueError for logits that are no numbers, after the answers of this step were cancelled.
+        """
+        if logits.isnan().any():
+            for running in ready:  # what such a row left in the cache must not meet the next request
+                self._run(Forget(running.row))
+                self._finish(running, "cancelled")
+            raise ValueError(
+                "logits: got NaN, expected numbers; fp16 overflows in some models, --dtype bf16 or fp32 do not"
+            )
         chosen = sample(
             logits[:, : self._vocabulary],  # ids beyond the tokenizer's pad the weights and mean nothing
             [running.answer.request.sampling for running in ready],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accessory.assemble import Bundle
 from accessory.data.encode import Encoded, encode, stop_ids, truncate_left
-from accessory.data.image import load_picture, transform
+from accessory.data.image import Orientation, load_picture, transform
 from accessory.data.template import Part, Template, Text, Turn, get_template, render
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.request import PictureSource, Request
@@ -47,10 +47,18 @@ class Prompt:
 class Prompter:
     """Makes prompts for one model and one window."""
 
-    def __init__(self, bundle: Bundle, *, window: int, image_transform: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        window: int,
+        image_transform: str | None = None,
+        orientation: Orientation = "keep",
+    ) -> None:
         self.tokenizer, self.window = bundle.tokenizer, window
         self._template, self._source = bundle.template, bundle.source
         self._vision = getattr(bundle.model, "vision", None)
+        self._orientation = orientation
         self._transform, self._before_bos = None, False
         if self._vision is not None:
             seen = bundle.vision
@@ -146,7 +154,9 @@ class Prompter:
         if not pictures:
             return None
         assert self._transform is not None, "pictures for a model without vision were refused before"
-        return torch.stack([self._transform(load_picture(picture)) for picture in pictures])
+        return torch.stack(
+            [self._transform(load_picture(picture, orientation=self._orientation)) for picture in pictures]
+        )
 
 
 def _around(form: Template) -> tuple[str, str]:

@@ -67,6 +67,7 @@ class Worker:
             self._see(op)
         else:
             self._features.pop(op.row, None)
+            self.cache.clear(op.row)
         return None
 
     def _see(self, op: See) -> None:

@@ -59,6 +59,11 @@ class Cache:
         """Bytes of all keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
+    def clear(self, row: int) -> None:
+        """Zero a row. Only a row that may hold NaN needs it: a masked NaN is still NaN in a product."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row].zero_()
+
     def place(self, rows: Tensor | None, positions: Tensor) -> Place:
         """The slots of tokens at positions [B, T] of rows [B] (None: 0..B-1), and what they may see; padding: key 0."""
         batch, length = positions.shape

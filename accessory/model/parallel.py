@@ -271,8 +271,10 @@ def together(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     """The local outputs of Column linears that read the same `x`: one `enter`, and one product where packed."""
     x = linears[0].enter(x)
     joined = linears[0].pack
-    if joined is None or torch.is_grad_enabled():
+    if joined is None or torch.is_grad_enabled() or any(linear.storage is not None for linear in linears):
         return [linear.matmul(x) for linear in linears]
+    ends = (linears[0].weight.data_ptr() - joined.data_ptr(), linears[-1].weight.untyped_storage().data_ptr())
+    assert ends == (0, joined.untyped_storage().data_ptr()), "a packed weight was replaced: write into it instead"
     parts = multiply(x, joined).split([linear.weight.shape[0] for linear in linears], dim=-1)
     biased = [part if lin.bias is None else part + lin.bias for part, lin in zip(parts, linears, strict=True)]
     return [linear.adapt(part, x) for part, linear in zip(biased, linears, strict=True)]

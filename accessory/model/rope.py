@@ -19,6 +19,8 @@ class Rope:
 
     scaling: None; a float f, by which positions are multiplied (the reference's `rope_scaling`: 0.5 doubles the
     window); or Hugging Face's dict with `rope_type` linear | dynamic | llama3 (or ntk, its fixed form) and `factor`.
+    With dynamic, keys that were cached keep the base of their time, as in transformers: beyond the window a prompt fed
+    in pieces then differs from a whole one.
     """
 
     def __init__(

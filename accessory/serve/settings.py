@@ -56,6 +56,8 @@ class Settings:
     """Start one rank on each of these GPUs."""
     image_transform: str | None = None
     """resized_center_crop or padded_resize; without it the model's own."""
+    orientation: Literal["keep", "apply"] = "keep"
+    """Photographs as they are stored (the reference's way), or turned as their EXIF says."""
 
     def check(self) -> None:
         """ValueError for values that contradict each other."""

@@ -67,7 +67,9 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
         max_seq_len=settings.max_seq_len,
     )
     window = bundle.config.max_seq_len if settings.max_seq_len else min(bundle.config.max_seq_len, WINDOW)
-    with Engine(bundle, ranks, rows=1, window=window, image_transform=settings.image_transform) as engine:
+    with Engine(
+        bundle, ranks, rows=1, window=window, image_transform=settings.image_transform, orientation=settings.orientation
+    ) as engine:
         if ranks.leader:
             _lead(kind, settings, sampling, engine, bundle)
         else:
