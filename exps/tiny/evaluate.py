@@ -7,7 +7,11 @@ import argparse
 import sys
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
+
+if find_spec("accessory") is None:  # a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import exam
 import torch
