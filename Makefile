@@ -19,6 +19,7 @@ help:
 	@echo "make clean   remove what tests and builds left in this clone"
 
 demo: ready
+	@[ -f "$$IMAGE" ] || { echo "make demo: IMAGE=$$IMAGE: no such file in $(CURDIR); give its full path" >&2; exit 1; }
 	@echo "picture:  $$IMAGE"
 	@echo "question: $$PROMPT"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))} \

@@ -152,6 +152,12 @@ def test_a_question_longer_than_the_window_is_not_cut_in_silence(say):
         say("multi_turn", "--max_seq_len", "20", lines="1" * 30)
 
 
+def test_the_first_question_is_about_the_picture_of_the_command(say, answers, seeing):
+    noise, other = (str(seeing.parent / name) for name in ("noise.png", "other.png"))
+    out = say("single_turn_mm", "--image", noise, lines=f"what\n{other}\nwhat\n")
+    assert out == answers("what", "noise.png") + answers("what", "other.png")
+
+
 def test_a_picture_stays_in_view_until_another_or_none(say, answers, seeing):
     noise, other = (str(seeing.parent / name) for name in ("noise.png", "other.png"))
     lines = f"{noise}\nwhat\n\nwhat\n{other}\nwhat\n-\nwhat\n"

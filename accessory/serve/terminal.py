@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from accessory.config import parse
@@ -49,10 +49,14 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
     launch(len(settings.gpu_ids) or settings.n_gpus or 1)
     from accessory import dist
     from accessory.assemble import open_model
+    from accessory.data.image import load_picture
     from accessory.engine import Engine
 
     sampling = _sampling(settings)
-    dist.setup_logging(read_place(os.environ).rank)  # before `init`, which may wait for other ranks and says so
+    rank = read_place(os.environ).rank
+    dist.setup_logging(rank)  # before `init`, which may wait for other ranks and says so
+    if settings.image and rank == 0:
+        load_picture(settings.image, orientation=settings.orientation)  # before minutes of loading
     ranks = dist.init(device=settings.device)
     if ranks.device.type == "cpu" and (settings.gpu_ids or (settings.n_gpus or 1) > 1):
         log.info("no GPU here: %d rank(s) on the CPU", ranks.world)
@@ -183,6 +187,11 @@ class Session:
     keyboard: Keyboard
     image: str | None = None
     """The picture in view."""
+    given: bool = field(init=False)
+    """Whether that picture came with the command, so that the first question is about it."""
+
+    def __post_init__(self) -> None:
+        self.given = self.image is not None
 
     def run(self) -> None:
         """Until `exit` or the end of the input."""
@@ -218,10 +227,13 @@ class Session:
             self.speaker.history.add(text, answer, pictures)
 
     def _look(self) -> bool:
-        """Ask for a picture until one can be read; False at the end of the input."""
+        """Ask for a picture until one can be read; False at the end of the input. The one of --image comes unasked."""
         from accessory.data.image import load_picture
 
-        while (line := self.keyboard.ask("Picture (Enter: the same, -: none): ")) is not None:
+        if self.given:
+            self.given = False
+            return True
+        while (line := self.keyboard.ask("Path of a picture (Enter: the same, -: none): ")) is not None:
             word = line.strip()
             if word in ("exit", "quit"):
                 return False
