@@ -22,7 +22,7 @@ class Ceilings:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._numbers = torch.rand(READ_BYTES // 4, device=device)  # random: equal pages may be merged, and cached
+        self._numbers = torch.rand(READ_BYTES // 4, device=device)
         self._matrix = torch.randn(SIDE, SIDE, device=device).bfloat16()
 
     def memory_read(self, times: int = 5) -> float:

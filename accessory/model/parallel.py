@@ -240,7 +240,7 @@ class _SumOverReplicas(torch.autograd.Function):
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. One bf16 row on a CPU goes to torch's own matrix-vector kernel, which reads memory faster there.
 
-    Measured on two Zen 4 cores, weights from memory: 34.3 GB/s, against 31.0 through oneDNN, of 35.4 that a sum reads.
+    Measured on two Zen 4 cores, weights from memory: 34.3 GB/s, against 31.4 through oneDNN, of 35.4 that a sum reads.
     """
     one_row = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() == x.shape[-1]
     if not one_row or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
