@@ -38,6 +38,10 @@ class PeftConfig:
     """Dropout on LoRA's input while training."""
     lora_targets: tuple[str, ...] = SEVEN
     """Which linears get LoRA, by the last part of their name."""
+    projector_lora_rank: int = -1
+    """Rank of LoRA on the linears between the vision tower and the decoder; 0 or less: none."""
+    vision_lora_rank: int = -1
+    """Rank of LoRA on the linears of the vision tower; 0 or less: none."""
     bias_tuning: bool = False
     """Add a bias to every linear (the adapter: not to wk and wv) and train it."""
     norm_tuning: bool = False
@@ -62,10 +66,21 @@ class PeftConfig:
 
     @property
     def lora_scale(self) -> float:
-        """The factor on LoRA's product."""
+        """The factor on LoRA's product in the decoder."""
+        return self.scale_of(self.lora_rank)
+
+    def scale_of(self, rank: int) -> float:
+        """The factor on the product of factors of this rank."""
         if self.lora_alpha is None:
             return 1.0
-        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)
+        return self.lora_alpha / (math.sqrt(rank) if self.lora_rslora else rank)
+
+
+def part_of(name: str) -> str:
+    """Which part of a model a parameter belongs to: vision (the tower), projector (what follows it) or llm."""
+    if name.startswith(("vision.tower.", "vision.tower_proj.")):
+        return "vision"
+    return "projector" if name.startswith("vision.") else "llm"
 
 
 def apply_peft(
@@ -84,6 +99,9 @@ def apply_peft(
             add_lora(linear, config, device=device, dtype=dtype)
     if adapter:
         model.prompt = ZeroInit(model, config, device=device, dtype=dtype)
+    for part, rank in (("projector", config.projector_lora_rank), ("vision", config.vision_lora_rank)):
+        if rank > 0:
+            _add_outside(model, part, rank, config, device=device, dtype=dtype)
 
 
 def trainable_names(model: nn.Module, config: PeftConfig) -> set[str]:
@@ -125,16 +143,43 @@ class Lora:
     scale: float
     dropout: float
 
-    def __call__(self, linear: Linear, x: Tensor) -> Tensor:
+    def __call__(self, linear: Linear, x: Tensor, y: Tensor) -> Tensor:
         a, b, shard = linear.lora_a.weight, linear.lora_b.weight, linear.shard
         if isinstance(linear, Column):
             a, b = enter_region(a, shard), own(b, linear.lora_b.cuts["weight"], shard)
         else:
             b = enter_region(b, shard)
-        x = F.dropout(x, self.dropout, training=linear.training and self.dropout > 0)
-        if not torch.is_autocast_enabled(x.device.type):
-            a, b = a.to(x.dtype), b.to(x.dtype)
-        return F.linear(F.linear(x, a), b) * self.scale
+        return self.add(y, x, a, b, training=linear.training)
+
+    def add(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, *, training: bool) -> Tensor:
+        """y + scale * b(a(dropout(x)))."""
+        x = F.dropout(x, self.dropout, training=training and self.dropout > 0)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if torch.compiler.is_compiling():
+            return y + F.linear(F.linear(x, a), b) * self.scale
+        return _LowRank.apply(y.flatten(0, -2), x.flatten(0, -2), a, b, self.scale).view(y.shape)
+
+
+class _LowRank(torch.autograd.Function):
+    """y + scale x A' B' of rows. What has rank columns is held as rows, whose products are up to twice as fast."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        low = a @ x.t()  # (rank, tokens)
+        ctx.scale = scale
+        ctx.save_for_backward(x, a, b, low)
+        return torch.addmm(y, low.t(), b.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, low = ctx.saved_tensors
+        back = (b.t() @ dy.t()).mul_(ctx.scale)  # (rank, tokens)
+        dx = back.t() @ a if ctx.needs_input_grad[1] else None
+        da = back @ x if ctx.needs_input_grad[2] else None
+        db = (low @ dy).mul_(ctx.scale).t() if ctx.needs_input_grad[3] else None
+        return dy, dx, da, db, None
 
 
 def add_lora(linear: Linear, config: PeftConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -148,6 +193,32 @@ def add_lora(linear: Linear, config: PeftConfig, *, device: torch.device | str, 
     linear.lora_a = Factor(a, device=device, dtype=dtype)
     linear.lora_b = Factor(b, device=device, dtype=dtype)
     linear.adapter = Lora(config.lora_scale, config.lora_dropout)
+
+
+def _add_outside(
+    model: Llama, part: str, rank: int, config: PeftConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Hang factors, whole on every rank, on the plain linears of the projector or of the tower."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linears if part_of(f"{name}.") == part]
+    if not names:
+        raise ValueError(f"{part}_lora_rank: got {rank} for a model without linears there, expected -1; leave it out")
+    for name in names:
+        linear = model.get_submodule(name)
+        shape_a, shape_b = (rank, linear.in_features), (linear.out_features, rank)
+        linear.lora_a = Factor(Cut(shape_a), device=device, dtype=dtype)
+        linear.lora_b = Factor(Cut(shape_b), device=device, dtype=dtype)
+        linear.register_forward_hook(Beside(Lora(config.scale_of(rank), config.lora_dropout)))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A forward hook that adds LoRA to what a plain linear gave."""
+
+    lora: Lora
+
+    def __call__(self, linear: nn.Linear, given: tuple[Tensor], y: Tensor) -> Tensor:
+        return self.lora.add(y, given[0], linear.lora_a.weight, linear.lora_b.weight, training=linear.training)
 
 
 class ZeroInit:

@@ -16,8 +16,7 @@ from accessory.dist import Shard
 from accessory.model.cache import Cache, Place
 from accessory.model.parallel import Column, Row, together
 from accessory.model.rope import rotate
-
-BLOCK = 128  # queries whose scores a CPU holds at once
+from accessory.model.spelled import spelled_out
 
 
 @dataclass
@@ -32,6 +31,8 @@ class Step:
     place: Place | None = None
     prompt: Callable[[int, Tensor], Tensor | None] | None = None
     """(layer, q [B, T, H, D]) -> what a zero-init adapter adds to the attention's output, [B, T, H * D]."""
+    starts: list[int] | None = None
+    """Where segments are packed, on a CPU: the first key that each block of queries may see."""
 
 
 class Attention(nn.Module):
@@ -65,18 +66,17 @@ class Attention(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
             keys, values = step.cache.write(self.layer, step.place, k, v)
-        y = attend(q, keys, values, mask=step.mask)
+        y = attend(q, keys, values, mask=step.mask, starts=step.starts)
         if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
             y = y + extra
         return self.wo(y)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, starts: list[int] | None = None) -> Tensor:
     """Attention of q [B, T, H, D] over k, v [B, G, S, D], G dividing H -> [B, T, H * D].
 
-    mask: bool [B or 1, 1, T, S], True where a query may look; None: causal by index (T = S).
-    On CUDA torch's fused kernels run. On a CPU their bf16 backward is several times slower than the formula
-    spelled out, so there it is spelled out, in blocks of queries to bound the memory of the scores.
+    mask: bool [B or 1, 1, T, S], True where a query may look; None: causal by index (T = S). On CUDA torch's fused
+    kernels run; on a CPU `spelled_out`, whose `starts` these are.
     """
     if q.device.type == "cuda":
         y = F.scaled_dot_product_attention(
@@ -84,26 +84,4 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
         )
         return y.transpose(1, 2).flatten(2)
     with torch.autocast(q.device.type, enabled=False):
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        parts = [_spelled_out(q, k, v, start, mask) for start in range(0, q.shape[1], BLOCK)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _spelled_out(q: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
-    """matmul, softmax, matmul for one block of queries; heads that share a key are folded into the queries."""
-    batch, _, heads, width = q.shape
-    groups = k.shape[1]
-    block = q[:, start : start + BLOCK] * width**-0.5
-    length = block.shape[1]
-    folded = block.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, groups, -1, width)
-    if mask is None:  # keys after the block's last query are seen by none of it
-        k, v = k[:, :, : start + length], v[:, :, : start + length]
-    scores = (folded @ k.transpose(-1, -2)).unflatten(2, (heads // groups, length))  # (B, G, H / G, T, S)
-    lowest = torch.finfo(scores.dtype).min
-    if mask is not None:
-        scores.masked_fill_(~mask[:, :, start : start + length].unsqueeze(2), lowest)
-    elif length > 1:  # only the block's own keys can lie ahead of a query
-        ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
-        scores[..., start:].masked_fill_(ahead, lowest)
-    y = scores.softmax(-1).flatten(2, 3) @ v
-    return y.view(batch, heads, length, width).transpose(1, 2).flatten(2)
+        return spelled_out(q, k.to(q.dtype), v.to(q.dtype), mask=mask, starts=starts)

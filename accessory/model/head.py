@@ -6,7 +6,6 @@ Must not know what the ids mean. The weight is read only inside this module's fo
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from accessory.dist import Cut, Shard
 from accessory.model.parallel import TiedEmbedding, cut_vocabulary, enter_region, multiply
 
 IGNORED = -100
-CHUNK = 1024  # tokens whose logits exist at once
+CHUNK = 1 << 26  # logits that exist at once, on one rank
+PIECE = 1 << 21  # of these, how many a CPU widens to fp32 at a time, so that they stay in its caches
 
 
 class Head(nn.Module):
@@ -44,7 +44,7 @@ class Head(nn.Module):
         """hidden [..., dim] -> logits [..., vocab_size] in fp32, the same on every rank.
 
         With labels [...] (targets of these very positions, -100 ignored): (sum of the losses, number of targets),
-        both fp32 scalars; logits exist for CHUNK tokens at a time, and never for the whole vocabulary on one rank.
+        both fp32 scalars; at most CHUNK logits exist at a time, and never those of the whole vocabulary on one rank.
         """
         weight = self._tied[0].weight if self._tied else self.weight
         hidden = enter_region(hidden, self.shard)
@@ -60,8 +60,11 @@ class Head(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
+        valid = labels != IGNORED
+        if labels.device.type == "cpu" and not valid.all():  # where looking costs no wait, only targets are multiplied
+            hidden, labels = hidden[valid], labels[valid]
         total = _ChunkedLoss.apply(hidden, weight, labels, self.slice, self.shard)
-        return total, (labels != IGNORED).sum().float()
+        return total, valid.sum().float()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -72,37 +75,53 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, cut: Cut, shard: Shard
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        rows = max(1, min(len(hidden), CHUNK // len(weight)))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = None
         total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            h, target = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            loss, grad = _chunk(h, weight, target, cut, shard, grad=need_hidden or need_weight)
-            total += loss
+        logits = hidden.new_empty(rows, len(weight))  # of every chunk in turn, then their gradient
+        for start in range(0, len(hidden), rows):
+            h, target = hidden[start : start + rows], labels[start : start + rows]
+            chunk = torch.mm(h, weight.t(), out=logits[: len(h)])
+            total += _turn(chunk, target, cut, shard, grad=need_hidden or need_weight)
             if need_hidden:
-                grad_hidden[start : start + CHUNK] = grad @ weight
+                torch.mm(chunk, weight, out=grad_hidden[start : start + rows])
             if need_weight:
-                grad_weight += (grad.T @ h).float()
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_weight = _add(grad_weight, chunk.t() @ h, last=start + rows >= len(hidden))
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
+        # in place: they are used once, and autograd refuses a second backward pass over what has changed
+        scaled = [None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in ctx.saved_tensors]
         return (*scaled, None, None, None)
 
 
-def _chunk(
-    h: Tensor, weight: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one chunk and, on request, its gradient by the local logits [chunk, local vocabulary]."""
-    shifted = F.linear(h, weight).float()
+def _turn(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool) -> Tensor:
+    """Loss sum of one chunk; on request its local logits [chunk, local vocabulary] become their own gradient."""
+    one = shard.size == 1 and logits.device.type == "cpu"
+    rows = max(1, min(len(logits), PIECE // logits.shape[1])) if one else len(logits)
+    wide = None if logits.dtype == torch.float32 else torch.empty_like(logits[:rows], dtype=torch.float32)
+    losses = []
+    for part, labels in zip(logits.split(rows), target.split(rows), strict=True):
+        widened = part if wide is None else wide[: len(part)].copy_(part)
+        losses.append(_losses(widened, labels, cut, shard, grad=grad).sum())
+        if grad and wide is not None:
+            part.copy_(widened)
+    return torch.stack(losses).sum()
+
+
+def _losses(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool) -> Tensor:
+    """The loss of each row, 0 where it has no target; fp32 logits become softmax - one_hot(target) there, else 0."""
     if cut.pad:
-        shifted[:, cut.stop - cut.start :] = float("-inf")
-    top = shifted.detach().amax(-1)
+        logits[:, cut.stop - cut.start :] = float("-inf")
+    top = logits.amax(-1)
     if shard.size > 1:
         torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=get_model_parallel_group())
-    shifted -= top[:, None]
+    shifted = logits.sub_(top[:, None])
     here = (target >= cut.start) & (target < cut.stop)
     column = (target - cut.start).masked_fill(~here, 0)[:, None]
     chosen = shifted.gather(1, column)[:, 0].masked_fill(~here, 0.0)
@@ -111,9 +130,15 @@ def _chunk(
     if shard.size > 1:
         sums = reduce_from_model_parallel_region(sums)
     valid = target != IGNORED
-    loss = (sums[0].log() - sums[1]).masked_fill(~valid, 0.0).sum()
-    if not grad:
-        return loss, None
-    exps /= sums[0][:, None]
-    exps.scatter_add_(1, column, -here.to(exps.dtype)[:, None])
-    return loss, exps.masked_fill_(~valid[:, None], 0.0).to(h.dtype)
+    if grad:
+        exps.mul_((valid / sums[0])[:, None]).scatter_add_(1, column, -here.to(exps.dtype)[:, None])
+    return (sums[0].log() - sums[1]).masked_fill(~valid, 0.0)
+
+
+def _add(total: Tensor | None, part: Tensor, *, last: bool) -> Tensor:
+    """The sum of chunks' gradients in fp32; a lone chunk's as it is."""
+    if total is None:
+        return part if last else part.float()
+    for into, rows in zip(total.split(4096), part.split(4096), strict=True):  # widened in pieces
+        into.add_(rows)
+    return total

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.dist import Cut, Shard
@@ -20,7 +19,9 @@ from accessory.model.attention import Attention, Step
 from accessory.model.cache import Cache
 from accessory.model.head import Head
 from accessory.model.parallel import Column, Embedding, Linear, Row, TiedEmbedding, pack, together
+from accessory.model.pointwise import rms_norm, swiglu
 from accessory.model.rope import Rope
+from accessory.model.spelled import first_keys
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ class Llama(nn.Module):
         assert cache is None or segments is None, "segments are for packed rows, which have no cache"
         turns = self.rope(positions)
         if cache is None:
-            return Step(positions, turns, None if segments is None else segment_mask(segments))
+            mask = None if segments is None else segment_mask(segments)
+            starts = first_keys(mask) if mask is not None and mask.device.type == "cpu" else None
+            return Step(positions, turns, mask, starts=starts)
         place = cache.place(rows, positions)
         return Step(positions, turns, place.mask, cache, rows, place)
 
@@ -235,7 +238,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = together(x, (self.w1, self.w3))
-        return self.w2(F.silu(gate) * up)
+        return self.w2(swiglu(gate, up))
 
 
 class RMSNorm(nn.Module):
@@ -247,8 +250,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def segment_mask(segments: Tensor) -> Tensor:
@@ -271,14 +273,14 @@ def cuts_of(model: nn.Module) -> dict[str, Cut]:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, *, seed: int = 0) -> None:
-    """First weights, the same at any tp size.
+def init_weights(model: nn.Module, *, seed: int = 0, names: Collection[str] | None = None) -> None:
+    """First weights of all parameters (or of `names`), the same at any tp size.
 
     Matrices follow the reference (kaiming uniform, a = sqrt 5: bound 1 / sqrt(fan in)); embeddings normal with
     std 0.02; norms 1; biases 0. Parameters below `vision.` are the vision room's own affair and are left alone.
     """
     for name, parameter in model.named_parameters():
-        if name.startswith("vision."):
+        if name.startswith("vision.") or (names is not None and name not in names):
             continue
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

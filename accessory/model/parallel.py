@@ -56,7 +56,8 @@ def cut_vocabulary(shape: tuple[int, ...], shard: Shard) -> Cut:
 class Linear(nn.Module):
     """y = leave(matmul(enter(x))): the seam at which tensor parallelism, PEFT and quantisation meet.
 
-    `cuts` says which slice of each of its tensors this rank holds. `adapter` (PEFT) adds to the local product;
+    `cuts` says which slice of each of its tensors this rank holds. `adapter` (PEFT) adds to the local product,
+    (linear, x, y) -> y';
     `storage` (quantisation) is a module that holds the weight in its own way and multiplies, (x, bias) -> y;
     `pack` is the joined storage of several linears that read the same input (see `pack`).
     """
@@ -69,7 +70,7 @@ class Linear(nn.Module):
         nn.Module.__init__(self)
         self.shard = shard
         self.cuts: dict[str, Cut] = {}
-        self.adapter: Callable[[Linear, Tensor], Tensor] | None = None
+        self.adapter: Callable[[Linear, Tensor, Tensor], Tensor] | None = None
         self.storage: nn.Module | None = None
         self.pack: Tensor | None = None
         self.add_tensor("weight", cut, device=device, dtype=dtype)
@@ -113,7 +114,7 @@ class Linear(nn.Module):
 
     def adapt(self, y: Tensor, x: Tensor) -> Tensor:
         """Add what PEFT learned, if anything is attached."""
-        return y if self.adapter is None else y + self.adapter(self, x)
+        return y if self.adapter is None else self.adapter(self, x, y)
 
     def extra_repr(self) -> str:
         full = self.cuts["weight"].shape

@@ -70,7 +70,7 @@ class Rope:
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x [B, T, H, D] by `turns`; computed in fp32, returned as x."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # compilers do not fuse complex numbers
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)

@@ -68,11 +68,19 @@ def init_tower(tower: nn.Module, config: VisionConfig, generator: torch.Generato
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # timm draws from the global generator
-        tower.load_state_dict(build_tower(config).state_dict())
+        _copy(build_tower(config), tower)
     if config.grid_queries:
         side, width = patch_side(tower), tower.pos_embed.shape[-1]
         with torch.no_grad():
             tower.pos_embed[0, -side * side :].copy_(grid_code(side, width, side=side))
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Copy every tensor of a tower into one that may have more beside them (LoRA)."""
+    values = target.state_dict()
+    for name, tensor in source.state_dict().items():
+        values[name].copy_(tensor)
 
 
 def patch_side(tower: nn.Module) -> int:
