@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from accessory.checkpoint import manifest, names, open_folders
 from accessory.checkpoint.files import FORMS, Folder, recognise
+from accessory.checkpoint.read import open_source
 from accessory.checkpoint.shards import ShardFile
 from accessory.checkpoint.source import Source
+from accessory.checkpoint.training import TrainingSource
 from accessory.config import parse
 
 TINY = Path(__file__).parent / "tiny"
@@ -57,6 +59,12 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
     llama_type: str | None = None
     tokenizer: str | None = None
+    step: int | None = None
+    """Of a training checkpoint: when it was written."""
+    base: list[str] = field(default_factory=list)
+    """Of a training checkpoint: the folders that its run began with."""
+    state: int = 0
+    """Of a training checkpoint: numbers of the optimiser's state."""
     manifest: str = "none"
     leftovers: int = 0
     discarded: int = 0
@@ -99,7 +107,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Report:
     _check_files(report, folder, verify=verify)
     if not report.faults:
         try:
-            _count(report, Source(folder))
+            _count(report, open_source(folder))
         except ValueError as error:
             report.faults.append(str(error))
     return report
@@ -115,6 +123,9 @@ def render(report: Report) -> str:
         rows.append(("parameters", f"{report.parameters:,} in {report.tensors} tensors"))
         rows += [(f"  {part}", f"{count:,}") for part, count in report.parts.items()]
         rows.append(("dtypes", ", ".join(f"{name} {count:,}" for name, count in report.dtypes.items())))
+    if report.step is not None:
+        rows.append(("training", f"step {report.step}, {report.state:,} numbers of the optimiser's state"))
+        rows.append(("base", ", ".join(report.base) or "not recorded"))
     if report.form in FORMS:
         rows.append(("config", ", ".join(f"{key} {value}" for key, value in report.config.items()) or "none"))
         rows.append(("llama_type", report.llama_type or "not recorded"))
@@ -157,7 +168,7 @@ def _archive_fault(path: Path) -> str | None:
     return f"{path}: {bad} does not match its checksum: the content changed; fetch the file again" if bad else None
 
 
-def _count(report: Report, source: Source) -> None:
+def _count(report: Report, source: Source | TrainingSource) -> None:
     """Count parameters, and compare the config with the tensors."""
     shapes = {}
     for key, stored in source.stored.items():
@@ -175,8 +186,11 @@ def _count(report: Report, source: Source) -> None:
     report.parts = {part: parts[part] for part in order if part in parts}
     report.dtypes = dict(dtypes.most_common())
     report.tensors, report.parameters = len(shapes), sum(sizes.values())
-    report.partial = report.form == "accessory" and "tok_embeddings.weight" not in shapes
+    report.partial = report.form in ("accessory", "training") and "tok_embeddings.weight" not in shapes
     report.discarded = len(source.discarded)
+    if isinstance(source, TrainingSource):
+        report.step, report.base = source.folder.facts.get("step"), source.folder.facts.get("base", [])
+        report.state = sum(spec.numel for spec in source.state.values())
     _compare(report, {key: shape for key, (shape, _) in shapes.items()})
 
 

@@ -6,7 +6,7 @@ Must not know names or shapes of tensors; it looks at file names and JSON only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ FORMS = {
     "accessory": "Accessory's (consolidated.NN-of-MM.model.*)",
     "old": "the oldest Accessory's (consolidated.NN-of-MM.pth)",
     "delta": "delta weights (consolidated.NN-of-MM.model-diff.*)",
+    "training": "a training checkpoint's (state-NNNNN-of-MMMMM.safetensors)",
 }
 _INDEX, _COUNT, _EXT = r"(?P<index>\d{2,})", r"(?P<count>\d{2,})", r"(?P<ext>pth|safetensors)"
 _SHARDS = (
@@ -26,11 +27,13 @@ _SHARDS = (
     ("accessory", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.model\.{_EXT}")),
     ("old", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.(?P<ext>pth)")),
     ("delta", re.compile(rf"consolidated\.{_INDEX}-of-{_COUNT}\.model-diff\.{_EXT}")),
+    ("training", re.compile(rf"state-{_INDEX}-of-{_COUNT}\.(?P<ext>safetensors)")),
 )
 # a training run's state beside its weights: never loaded here, but counted
 _LEFTOVER = re.compile(r"consolidated\..*\.(optimizer|other)\.\w+|rank-specific-.*|(optimizer|trainer)[.-].*")
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 EXACT = "exact.safetensors"
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Folder:
 
     path: Path
     form: str
-    """meta, accessory (the oldest too) or delta."""
+    """meta, accessory (the oldest too), delta or training."""
     shards: tuple[Path, ...]
     config: dict[str, Any] = field(default_factory=dict)
     """config.json or params.json; empty where there is none (legacy folders)."""
@@ -49,6 +52,8 @@ class Folder:
     """What a delta of ours cannot say in its own dtype."""
     leftovers: int = 0
     """Files of a training run (optimiser, loader state) that were passed over."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of a training checkpoint: its step, `base` (the folders that the run began with) and what else the run noted."""
 
 
 def recognise(path: str | Path) -> Folder:
@@ -76,6 +81,7 @@ def recognise(path: str | Path) -> Folder:
         tokenizer=_tokenizer(folder, form),
         exact=exact,
         leftovers=sum(1 for name in listing if _LEFTOVER.fullmatch(name)),
+        facts=manifest.load_json(folder / FACTS) if form == "training" and FACTS in listing else {},
     )
 
 
@@ -123,9 +129,9 @@ def _shards(folder: Path, listing: list[str]) -> tuple[str, list[str]]:
             f"{folder}: mixes {len(groups)} sets of weights ({few(heads)}), expected one; move the others into a folder"
             " of their own (tools/reshard.py writes another number of shards or format)"
         )
-    (form, _, count, _), group = next(iter(groups.items()))
+    (form, _, count, width), group = next(iter(groups.items()))
     wanted = int(count) if count else max(group) + 1
-    missing = [str(index).zfill(2) for index in range(wanted) if index not in group]
+    missing = [str(index).zfill(width) for index in range(wanted) if index not in group]
     if missing or len(group) != wanted:
         raise ValueError(
             f"{folder}: of {wanted} shards in {FORMS[form]} form it holds {len(group)}"
@@ -156,9 +162,15 @@ def _hint(folder: Path, listing: list[str]) -> str:
     inside = [
         name
         for name in listing
-        if (folder / name).is_dir() and any((folder / name).glob("consolidated.*")) and not name.startswith(".")
+        if (folder / name).is_dir() and not name.startswith(".") and any(_holds_weights(folder / name))
     ]
     return f" such as {few((str(folder / name) for name in inside), ' or', most=3)}" if inside else ""
+
+
+def _holds_weights(folder: Path) -> Iterator[Path]:
+    """Files of weights in the forms that are read."""
+    yield from folder.glob("consolidated.*")
+    yield from folder.glob("state-*-of-*.safetensors")
 
 
 def _config(folder: Path, listing: list[str], form: str) -> dict[str, Any]:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAME = "manifest.json"
 UNFINISHED = ".unfinished"  # lies in a folder while files are added to it
 VERSION = 1
+READERS = 4  # files hashed side by side
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class Entry:
     sha256: str
 
 
-def write(folder: Path, names: Iterable[str], *, to: Path) -> None:
-    """Hash the named files of `folder` and write the manifest to the file `to`."""
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+def write(folder: Path, names: Iterable[str], *, to: Path, known: Mapping[str, Entry] | None = None) -> None:
+    """Hash the named files of `folder` and write the manifest to the file `to`; `known` were hashed when written."""
+    known = known or {}
+    files = {
+        name: asdict(known[name] if name in known else Entry((folder / name).stat().st_size, sha256(folder / name)))
+        for name in sorted(names)
+    }
     to.write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -60,19 +66,23 @@ def faults(folder: Path, *, hashes: bool = False, watch: Callable[[str], None] |
 
     An ordinary load compares sizes; `hashes` reads every byte. `watch` is told each file's name before it is hashed.
     """
-    found = []
-    for name, entry in (read(folder) or {}).items():
-        path = folder / name
+    entries = read(folder) or {}
+
+    def fault(name: str) -> str | None:
+        path, entry = folder / name, entries[name]
         if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != entry.size:
-            found.append(f"{name} has {path.stat().st_size} bytes instead of {entry.size}")
-        elif hashes:
+            return f"{name} is missing"
+        if path.stat().st_size != entry.size:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.size}"
+        if hashes:
             if watch is not None:
                 watch(name)
             if sha256(path) != entry.sha256:
-                found.append(f"{name} has another SHA-256 than when it was written: its content changed")
-    return found
+                return f"{name} has another SHA-256 than when it was written: its content changed"
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return [found for found in pool.map(fault, entries) if found is not None]
 
 
 def sha256(path: Path) -> str:

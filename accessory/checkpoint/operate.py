@@ -60,7 +60,7 @@ def rewrite(paths: Sequence[str | Path], job: Job) -> None:
         # fp16 is reached through fp32, where values that it cannot hold are still to be seen
         dtype = torch.float32 if job.dtype == torch.float16 else job.dtype
         for key, tensor in _bar(checkpoint.tensors(cuts, dtype=dtype), specs, "writing"):
-            _check_range(key, tensor, form.dtype)
+            check_range(key, tensor, form.dtype)
             writer.put(key, tensor)
         writer.finish(config=checkpoint.config, meta=checkpoint.meta, tokenizer=checkpoint.tokenizer)
     if job.verify:
@@ -165,7 +165,7 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint, base_specs: dict[str, Spec]
         raise ValueError(f"{path}: {few(whole)}: not floating point, which a delta cannot hold; keep the folder whole")
 
 
-def _check_range(key: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+def check_range(key: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
     """Raise ValueError when finite values would become infinite."""
     if dtype != torch.float16 or tensor.dtype != torch.float32 or not tensor.numel():
         return

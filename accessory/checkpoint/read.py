@@ -19,7 +19,10 @@ from accessory.checkpoint.files import Folder, few, recognise
 from accessory.checkpoint.headers import Spec
 from accessory.checkpoint.reshard import Join
 from accessory.checkpoint.source import Source
+from accessory.checkpoint.training import TrainingSource
 from accessory.dist import Cut
+
+Holder = tuple[Source | TrainingSource, Join]
 
 
 def open_folders(paths: Sequence[str | Path] | str | Path) -> Checkpoint:
@@ -31,13 +34,18 @@ def open_folders(paths: Sequence[str | Path] | str | Path) -> Checkpoint:
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("no folder of weights was given; pass at least the base model's (--pretrained_path)")
-    sources = [Source(recognise(path)) for path in paths]
+    sources = [open_source(recognise(path)) for path in paths]
     if sources[0].folder.form == "delta":
         raise ValueError(
             f"{sources[0].folder.path}: holds delta weights, which mean nothing without their base; give the base"
             " folder first, then this one"
         )
     return Checkpoint(sources)
+
+
+def open_source(folder: Folder) -> Source | TrainingSource:
+    """Open one recognised folder. Raises ValueError for damage, and for a folder of ours that is not complete."""
+    return TrainingSource(folder) if folder.form == "training" else Source(folder)
 
 
 class Checkpoint:
@@ -48,7 +56,7 @@ class Checkpoint:
     folder's form, shards and path.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source | TrainingSource]) -> None:
         """Merge the small files: later folders override fields that they set."""
         self.sources = tuple(sources)
         self.folders = tuple(source.folder for source in sources)
@@ -109,26 +117,36 @@ class Checkpoint:
                 source.stored.pop(key, None)
 
     def tensors(
-        self, cuts: Mapping[str, Cut], *, dtype: torch.dtype | None = None, optional: Collection[str] = ()
+        self,
+        cuts: Mapping[str, Cut],
+        *,
+        dtype: torch.dtype | None = None,
+        optional: Collection[str] = (),
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Check all names and shapes, then yield (key, local tensor, padded as its cut says) in the order of `cuts`.
 
         One tensor is read at a time, and of it only the bytes that the cut needs. dtype: of floating-point results,
-        None as stored. optional: keys that may be absent, which are then not yielded. Raises ValueError, before the
-        first tensor, naming every key (the first ones, then their number) that is missing, unexpected or misshaped.
+        None as stored; dtypes: of single keys instead. optional: keys that may be absent, which are then not yielded.
+        Raises ValueError, before the first tensor, naming every key (the first ones, then their number) that is
+        missing, unexpected or misshaped.
         """
         plan = self._plan(cuts, optional)
-        return self._read(plan, cuts, dtype)
+        return self._read(plan, cuts, dtype, dtypes or {})
 
     def _read(
-        self, plan: list[tuple[str, list[tuple[Source, Join]]]], cuts: Mapping[str, Cut], dtype: torch.dtype | None
+        self,
+        plan: list[tuple[str, list[Holder]]],
+        cuts: Mapping[str, Cut],
+        dtype: torch.dtype | None,
+        dtypes: Mapping[str, torch.dtype],
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the planned tensors."""
-        desk = _Desk()
+        desk = Desk()
         try:
             for key, holders in plan:
-                result = self.dtype_of(key)
-                wanted = result if dtype is None or not result.is_floating_point else dtype
+                result, asked = self.dtype_of(key), dtypes.get(key, dtype)
+                wanted = result if asked is None or not result.is_floating_point else asked
                 start = max((i for i, (source, _) in enumerate(holders) if not source.is_delta), default=0)
                 out = torch.empty(cuts[key].local_shape, dtype=wanted)
                 if start == len(holders) - 1 and not holders[start][0].restores:
@@ -139,7 +157,7 @@ class Checkpoint:
             for source in self.sources:
                 source.release()
 
-    def _plan(self, cuts: Mapping[str, Cut], optional: Collection[str]) -> list[tuple[str, list[tuple[Source, Join]]]]:
+    def _plan(self, cuts: Mapping[str, Cut], optional: Collection[str]) -> list[tuple[str, list[Holder]]]:
         """Who holds each wanted tensor, and how. ValueError for what is missing, unexpected or misshaped."""
         plan, missing, misshaped = [], [], []
         for key, piece in cuts.items():
@@ -179,6 +197,8 @@ class Checkpoint:
         remedy = "give the config that belongs to these weights"
         if missing and "tok_embeddings.weight" in missing and len(self.sources) == 1:
             remedy = "this folder holds only some tensors (a PEFT or partial one?): give its base folder before it"
+        if missing and (base := self.sources[0].folder.facts.get("base")):
+            remedy = f"this checkpoint holds only what was trained: give its base before it ({' '.join(base)})"
         raise ValueError(f"weights do not fit the model: {'; '.join(faults)}; {remedy}")
 
 
@@ -187,7 +207,7 @@ def _paths(folders: Sequence[Folder]) -> str:
     return ", ".join(str(folder.path) for folder in folders)
 
 
-def _sum(key: str, holders: list[tuple[Source, Join]], piece: Cut, desk: _Desk) -> Tensor:
+def _sum(key: str, holders: list[Holder], piece: Cut, desk: Desk) -> Tensor:
     """The last plain tensor and the deltas after it, added in fp32 on the desk."""
     total, term = (desk.sheet(number, piece.local_shape) for number in range(2))
     for place, (source, join) in enumerate(holders):
@@ -205,7 +225,7 @@ def _sum(key: str, holders: list[tuple[Source, Join]], piece: Cut, desk: _Desk) 
     return total
 
 
-class _Desk:
+class Desk:
     """Room for sums, used again for every tensor and given back to the system at the end.
 
     Tensors allocated and freed between ones that are kept would leave holes: glibc takes those of up to 32 MB from its

@@ -9,7 +9,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -45,14 +45,19 @@ class Stage:
             self.names.append(name)
         return self.folder / (name if self.fresh else f".{name}.tmp")
 
-    def commit(self) -> None:
-        """Flush every file to the disk, write the manifest, and let all appear under their names."""
+    def commit(self, known: Mapping[str, manifest.Entry] | None = None) -> None:
+        """Flush every file to the disk, write the manifest, and let all appear under their names.
+
+        known: files that were flushed and hashed when they were written, by this process or another one.
+        """
+        known = known or {}
         with self.explained():
             for name in self.names:
-                _flush(self.path(name))
+                if name not in known:
+                    flush(self.path(name))
             if self.fresh:
-                self._write_manifest(self.folder / manifest.NAME)
-                _flush(self.folder)
+                self._write_manifest(self.folder / manifest.NAME, known)
+                flush(self.folder)
                 os.rename(self.folder, self.target)
             else:
                 for name in self.names:
@@ -60,13 +65,13 @@ class Stage:
                     os.rename(self.path(name), self.target / name)
                     self.appeared.append(self.target / name)
                 temporary = self.target / f".{manifest.NAME}.tmp"
-                self._write_manifest(temporary)
-                _flush(self.target)
+                self._write_manifest(temporary, known)
+                flush(self.target)
                 os.rename(temporary, self.target / manifest.NAME)
                 (self.target / manifest.UNFINISHED).unlink()
             self.done = True
-            _flush(self.target)
-            _flush(self.target.parent)
+            flush(self.target)
+            flush(self.target.parent)
 
     def explained(self) -> _Explained:
         """A context in which an OSError of writing becomes one sentence with the bytes needed and free."""
@@ -111,10 +116,10 @@ class Stage:
                 " output path, or move them away"
             )
 
-    def _write_manifest(self, to: Path) -> None:
+    def _write_manifest(self, to: Path, known: Mapping[str, manifest.Entry]) -> None:
         """Write the manifest of the files, wherever they now are, and flush it."""
-        manifest.write(self.folder, self.names, to=to)
-        _flush(to)
+        manifest.write(self.folder, self.names, to=to, known=known)
+        flush(to)
 
 
 class _Explained:
@@ -128,20 +133,23 @@ class _Explained:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Raise the sentence in place of the error."""
-        if not isinstance(error, OSError):
-            return
-        target, needed = self.stage.target, self.stage.nbytes
-        parent = next(folder for folder in (target, *target.parents) if folder.exists())
-        if error.errno in FULL:
-            raise OSError(
-                f"{target}: the disk is full or its quota used up ({needed:,} bytes needed,"
-                f" {shutil.disk_usage(parent).free:,} free); make room or choose another output path"
-            ) from error
-        reason = error.strerror or str(error)
-        raise OSError(f"{target}: cannot be written ({reason}); choose an output path that you may write to") from error
+        if isinstance(error, OSError):
+            raise explain(error, self.stage.target, nbytes=self.stage.nbytes) from error
 
 
-def _flush(path: Path) -> None:
+def explain(error: OSError, target: Path, *, nbytes: int) -> OSError:
+    """One sentence for an error of writing `nbytes` to `target`: what, why, the bytes needed and free, the remedy."""
+    parent = next(folder for folder in (target, *target.parents) if folder.exists())
+    if error.errno in FULL:
+        return OSError(
+            f"{target}: the disk is full or its quota used up ({nbytes:,} bytes needed,"
+            f" {shutil.disk_usage(parent).free:,} free); make room or choose another output path"
+        )
+    reason = error.strerror or str(error)
+    return OSError(f"{target}: cannot be written ({reason}); choose an output path that you may write to")
+
+
+def flush(path: Path) -> None:
     """Make a file's or a folder's content survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

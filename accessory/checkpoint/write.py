@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,6 +72,23 @@ class Form:
         """The name of a shard's file."""
         kind = "model-diff" if self.delta else "model"
         return f"consolidated.{shard:02d}-of-{self.shards:02d}.{kind}.{self.fmt}"
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What lies beside weights: the model's fields, at least its `llama_type`, and the tokenizer (a file or folder)."""
+
+    config: Mapping[str, Any] | None = None
+    meta: Mapping[str, Any] | None = None
+    tokenizer: str | Path | None = None
+
+    def write(self, place: Callable[[str], Path]) -> None:
+        """Write config.json, meta.json and the tokenizer's files where `place` says for each name."""
+        if self.config is not None:
+            _write_json(place("config.json"), self.config)
+        _write_json(place("meta.json"), {**(self.meta or {}), "writer": WRITER})
+        for name, source in tokenizer_files(self.tokenizer).items():
+            shutil.copyfile(source, place(name))
 
 
 def write_folder(
@@ -160,11 +177,7 @@ class FolderWriter:
         with self._stage.explained():
             for file in self._files:
                 file.close()
-            if config is not None:
-                _write_json(self._stage.path("config.json"), config)
-            _write_json(self._stage.path("meta.json"), {**(meta or {}), "writer": WRITER})
-            for name, source in tokenizer_files(tokenizer).items():
-                shutil.copyfile(source, self._stage.path(name))
+            Papers(config, meta, tokenizer).write(self._stage.path)
         self._stage.commit()
 
     def __enter__(self) -> FolderWriter:
