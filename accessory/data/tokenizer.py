@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -46,9 +47,11 @@ class Tokenizer:
     none), to fill places that nothing reads. `controls` are the ids of all control tokens.
     """
 
-    def __init__(self, backend: Backend, path: Path) -> None:
+    def __init__(self, backend: Backend, path: Path, *, sha256: str = "") -> None:
+        """sha256: of the tokenizer file's bytes."""
         self._backend = backend
         self.path = path
+        self._sha256 = sha256
         self.size = backend.size
         self.bos_id = backend.bos
         self.eos_id = backend.eos
@@ -79,6 +82,19 @@ class Tokenizer:
                 "choose a template made for this model, or the tokenizer that the template needs"
             )
         return found
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that decides ids: the tokenizer file, and its control tokens by name and role."""
+        told = [self._sha256, self.size, self.bos_id, self.eos_id, sorted(self._backend.names.items())]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def control_name(self, token: int) -> str | None:
+        """The text of a control token, <bos> or <eos> by its role; None for what is no control token."""
+        roles = {self.bos_id: "<bos>", self.eos_id: "<eos>"}
+        if token not in self.controls:
+            return None
+        return roles.get(token) or next(name for name, number in self._backend.names.items() if number == token)
 
     def decode(self, ids: Iterable[int], *, opening: bool = True) -> str:
         """Text of ids; control tokens are dropped, bytes that are no UTF-8 become U+FFFD.
@@ -143,7 +159,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
             f"tokenizer {file}: {error or type(error).__name__}; expected a sentencepiece model, a tokenizer.json or "
             "Meta's Llama 3 rank file, so fetch the file again or give another --tokenizer_path"
         ) from error
-    return Tokenizer(backend, path)
+    return Tokenizer(backend, path, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _open_backend(data: bytes, beside: dict[str, Any]) -> Backend:

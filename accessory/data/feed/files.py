@@ -1,0 +1,256 @@
+"""Rows of data files as they lie there, one after the other from any place on, each with the number people find it by.
+
+Must not know what a row means. What cannot be read is a `Bad` row with its reason, and the rows behind it go on.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import mmap
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accessory.data.feed.sources import kind_of
+
+BLOCK = 1 << 20  # bytes that are read at once
+LONGEST_TEXT = 16 << 20  # bytes of a txt document without an empty line; a longer one is cut at the end of a line
+_BOM = codecs.BOM_UTF8
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Why a row cannot be read or makes no sense."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One row: bytes that are still to be parsed, a mapping, or a Bad."""
+
+    number: int
+    """Line (jsonl, txt: the first one), element (json) or record (csv, parquet), from 1 on."""
+    place: int
+    """Where it begins: a byte (jsonl, json, txt) or the number of rows before it."""
+    after: int
+    """The place to go on from, with `next_number`."""
+    next_number: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a file: from a place on, whose row has this number, up to a place; None: to the end."""
+
+    begin: int = 0
+    number: int = 1
+    end: int | None = None
+
+
+def read_rows(path: Path, span: Span = Span()) -> Iterator[Raw]:
+    """The rows of a stretch of a file; empty lines are none. ValueError or OSError for a file that is no such thing."""
+    return READERS[sniff(path)](path, span)
+
+
+def parse(raw: Raw) -> Any:
+    """The value of a row: a mapping if it is well, a Bad for what is no UTF-8 or no JSON."""
+    if not isinstance(raw.value, bytes):
+        return raw.value
+    try:
+        return json.loads(raw.value.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Bad(f"is no UTF-8 text (its byte {error.start + 1})")
+    except ValueError as error:
+        return Bad(f"is no JSON ({error})")
+    except RecursionError:
+        return Bad("is JSON that nests too deep")
+
+
+def sniff(path: Path) -> str:
+    """The format of a file: by its suffix; a .json whose first sign is { has a value per line."""
+    kind = kind_of(path)
+    if kind == "json":
+        with path.open("rb") as file:
+            head = file.read(4096).removeprefix(_BOM).lstrip()
+        if head[:1] == b"{":
+            return "jsonl"
+        if head and head[:1] != b"[":
+            raise ValueError(
+                f"{path}: begins with {head[:20]!r}, expected a JSON list, or a mapping per line; convert it"
+            )
+    return kind
+
+
+def _jsonl(path: Path, span: Span) -> Iterator[Raw]:
+    """A value per line."""
+    for number, place, line in _lines(path, span):
+        value = (line.removeprefix(_BOM) if place == 0 else line).strip()
+        if value:
+            yield Raw(number, place, place + len(line), number + 1, value)
+
+
+def _lines(path: Path, span: Span) -> Iterator[tuple[int, int, bytes]]:
+    """(number, place, line with its end)."""
+    place, number = span.begin, span.number
+    with path.open("rb", buffering=BLOCK) as file:
+        file.seek(place)
+        while (span.end is None or place < span.end) and (line := file.readline()):
+            yield number, place, line
+            place, number = place + len(line), number + 1
+
+
+def _txt(path: Path, span: Span) -> Iterator[Raw]:
+    """Documents between empty lines."""
+    held: list[bytes] = []
+    first, begin, size = 0, 0, 0
+    number, place, line = span.number, span.begin, b""
+    for number, place, line in _lines(path, span):
+        words = (line.removeprefix(_BOM) if place == 0 else line).rstrip(b"\r\n")
+        if words.strip():
+            if not held:
+                first, begin, size = number, place, 0
+            held.append(words)
+            size += len(line)
+        if held and (not words.strip() or size >= LONGEST_TEXT):
+            yield Raw(first, begin, place + len(line), number + 1, _document(held))
+            held = []
+    if held:
+        yield Raw(first, begin, place + len(line), number + 1, _document(held))
+
+
+def _document(lines: list[bytes]) -> Any:
+    """Lines as the text of one row."""
+    try:
+        return {"text": b"\n".join(lines).decode("utf-8")}
+    except UnicodeDecodeError:
+        return Bad("is no UTF-8 text")
+
+
+def _json(path: Path, span: Span) -> Iterator[Raw]:
+    """The elements of a list, found by their brackets; none but the one at hand is in memory."""
+    if path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    number, place = span.number, span.begin or data.find(b"[") + 1
+    if place == 0:  # nothing but blanks
+        return
+    for begin, end, after in _elements(path, data, place, number):
+        if span.end is not None and begin >= span.end:
+            return
+        value = data[begin:end].strip()
+        if value:
+            yield Raw(number, begin, after, number + 1, value)
+        elif number > 1 or data[end : end + 1] == b",":
+            yield Raw(number, begin, after, number + 1, Bad("is no JSON (nothing stands there)"))
+        number += 1
+
+
+_SIGNS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
+
+
+def _elements(path: Path, data: mmap.mmap, place: int, number: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, begin of the next) of each element of the list that `place` is in, at its beginning."""
+    begin, depth, in_string = place, 1, False
+    for match in _SIGNS.finditer(data, place):
+        sign = match[0]
+        if sign == b'"':
+            in_string = not in_string
+        elif in_string or len(sign) > 1:
+            continue
+        elif sign in b"[{":
+            depth += 1
+        elif sign in b"]}":
+            depth -= 1
+            if depth == 0:
+                yield begin, match.start(), match.end()
+                rest = data[match.end() : match.end() + 64].strip()
+                if rest:
+                    raise ValueError(f"{path}: goes on with {rest[:20]!r} behind its list; mend or convert the file")
+                return
+        elif depth == 1:
+            yield begin, match.start(), match.end()
+            begin, number = match.end(), number + 1
+    raise ValueError(f"{path}: row {number}: the list has no end, so the file is cut short or its JSON broken; mend it")
+
+
+def _csv(path: Path, span: Span) -> Iterator[Raw]:
+    """Comma- or tab-separated records under a line of names."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        reader = csv.reader(file, delimiter="\t" if "\t" in head else ",", strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: names a column twice in {', '.join(names)}; rename one")
+        index = 0
+        while True:
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                values = [str(error)]
+                record: Any = Bad(f"is no record of a csv file ({error})")
+            else:
+                if values is None:
+                    return
+                record = _record(names, values)
+            if span.end is not None and index >= span.end:
+                return
+            if not values:
+                continue
+            if index >= span.begin:
+                yield Raw(index + 1, index, index + 1, index + 2, record)
+            index += 1
+
+
+def _record(names: list[str], values: list[str]) -> Any:
+    """One record of a csv file as a mapping."""
+    if len(values) != len(names):
+        return Bad(f"has {len(values)} values for the {len(names)} columns {', '.join(names)[:80]}")
+    if any(_is_escaped(value) for value in values):
+        return Bad("is no UTF-8 text")
+    return dict(zip(names, values, strict=True))
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether bytes were no UTF-8."""
+    return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _parquet(path: Path, span: Span) -> Iterator[Raw]:
+    """Rows of a parquet file, a row group at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        first = 0
+        for group in range(file.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows
+            if last > span.begin and (span.end is None or first < span.end):
+                index = first
+                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                    for record in batch.to_pylist() if index + len(batch) > span.begin else [None] * len(batch):
+                        if index >= span.begin and (span.end is None or index < span.end):
+                            yield Raw(index + 1, index, index + 1, index + 2, record)
+                        index += 1
+            first = last
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as parquet ({words[:200]}); fetch it again") from error
+
+
+READERS: dict[str, Callable[[Path, Span], Iterator[Raw]]] = {
+    "json": _json,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "parquet": _parquet,
+    "txt": _txt,
+}

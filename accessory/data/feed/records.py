@@ -1,0 +1,255 @@
+"""Rows of every kind as conversations with pictures, or as plain text.
+
+Must not know tokens, templates or files. A row that makes no sense is a ValueError that says why, without its place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accessory.config import nearest
+from accessory.data.feed.sources import Source
+from accessory.data.template import Turn
+
+PLACE = "<image>"
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+TEXTS = ("text", "content")
+
+
+@dataclass
+class Sample:
+    """A conversation that ends with an answer."""
+
+    turns: list[Turn]
+    pictures: list[str]
+    """Paths as the row has them, in the order of their places."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What was left out or passed over, by name, to be counted."""
+
+
+def to_text(row: Any, column: str | None = None) -> str:
+    """The text of a pretraining row: its column, else text or content. ValueError where there is none."""
+    row = _mapping(row)
+    names = TEXTS if column is None else (column,)
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        remedy = "name the column" if column else "name the field one of these, or set stage to sft"
+        raise ValueError(f"got the fields {_fields(row)}, expected {' or '.join(names)}; {remedy}")
+    return _text(row, name)
+
+
+def to_sample(row: Any, source: Source, *, seed: int, number: int) -> Sample:
+    """Read a row: alpaca, a conversation under any of its names, LLaVA's, or a caption.
+
+    seed, number: of the run and of the row, by which one of several captions is drawn. Raises ValueError for anything
+    else, for an empty answer, an unknown role, and places that do not match the pictures.
+    """
+    row = _mapping(row)
+    notes: Counter[str] = Counter()
+    pictures = _pictures(row)
+    if source.preprocess == "caption":
+        turns, pictures = _caption(row, random.Random(f"{seed} {number}"))
+    elif "conversations" in row or "messages" in row:
+        turns, more = _dialog(row, notes, first_only=source.preprocess == "single_turn_llava")
+        pictures += more
+    elif source.preprocess is not None:
+        raise ValueError(f"got the fields {_fields(row)}, expected conversations for {source.preprocess}")
+    elif "instruction" in row or "output" in row:
+        turns = _alpaca(row)
+    else:
+        remedy = "set stage to pt for plain text" if set(TEXTS) & set(row) else "rename its fields"
+        raise ValueError(f"got the fields {_fields(row)}, expected instruction and output, or conversations; {remedy}")
+    return Sample(_placed(turns, pictures, notes), pictures, notes)
+
+
+def _alpaca(row: Mapping[str, Any]) -> list[Turn]:
+    """instruction, input, output; history: earlier pairs of question and answer; system."""
+    turns = _system(row)
+    history = row.get("history") or []
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise ValueError(f"history: got {history!r:.60}, expected a list of pairs")
+    for pair in history:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"history: got {pair!r:.60}, expected a question and an answer")
+        turns += [Turn("user", pair[0]), Turn("assistant", _said(pair[1], "history"))]
+    question = Turn("user", _text(row, "instruction"), input=_text(row, "input") if row.get("input") else "")
+    return [*turns, question, Turn("assistant", _said(_text(row, "output"), "output"))]
+
+
+def _dialog(row: Mapping[str, Any], notes: Counter[str], *, first_only: bool) -> tuple[list[Turn], list[str]]:
+    """Turns under from and value, or role and content, and pictures that stand inside of them.
+
+    What cannot be learned is left out and counted: an answer before any question, a question without an answer.
+    """
+    key = "conversations" if "conversations" in row else "messages"
+    said = row[key]
+    if not isinstance(said, Sequence) or isinstance(said, str) or not said:
+        raise ValueError(f"{key}: got {said!r:.60}, expected a list of turns")
+    turns, pictures = _system(row), []
+    for entry in said:
+        turn, more = _turn(entry)
+        if turn.role == "system" and turns and turns[0].role == "system" and len(turns) == 1:
+            turns = []  # a conversation's own system text goes before the row's
+        turns.append(turn)
+        pictures += more
+    opening = [turn for turn in turns[:1] if turn.role == "system"]
+    rest = turns[len(opening) :]
+    before = len(rest)
+    while rest and rest[0].role == "assistant":
+        del rest[0]
+    while rest and rest[-1].role == "user":
+        if rest[-1].pictures or (_marks(rest[-1]) and _pictures(row)):
+            raise ValueError("conversations: got a picture in a last question, expected its answer; add it")
+        del rest[-1]
+    rest = rest[:2] if first_only else rest
+    notes["turns_left_out"] += before - len(rest)
+    if not rest:
+        raise ValueError("conversations: got no question with an answer, expected at least one")
+    for turn in rest:
+        if turn.role == "assistant":
+            _said(turn.text, "conversations")
+    return [*opening, *rest], pictures
+
+
+def _turn(entry: Any) -> tuple[Turn, list[str]]:
+    """One turn and the pictures that its content lists."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"conversations: got the turn {entry!r:.60}, expected a mapping")
+    who = entry.get("from", entry.get("role"))
+    role = ROLES.get(who.strip().lower()) if isinstance(who, str) else None
+    if role is None:
+        raise ValueError(f"conversations: got a turn of {who!r:.40}; {nearest(str(who), ROLES)}")
+    text = entry.get("value", entry.get("content"))
+    pictures: list[str] = []
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        text, pictures = _parts(text)
+    if not isinstance(text, str):
+        raise ValueError(f"conversations: got {text!r:.40} as what {who} says, expected text")
+    return Turn(role, text, pictures=len(pictures)), pictures
+
+
+def _parts(parts: Sequence[Any]) -> tuple[str, list[str]]:
+    """The text of OpenAI's list of content parts, and the pictures' paths."""
+    text, pictures = "", []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in ("image", "image_url"):
+            path = part.get(kind) or part.get("path") or part.get("url")
+            path = path.get("url") if isinstance(path, Mapping) else path
+            pictures.append(_path(path))
+        else:
+            raise ValueError(f"content: got the part {part!r:.60}, expected one of type text or image")
+    return text, pictures
+
+
+def _caption(row: Mapping[str, Any], dice: random.Random) -> tuple[list[Turn], list[str]]:
+    """The reference's preprocess caption: url and caption, which may be a list."""
+    captions = row.get("caption")
+    if isinstance(captions, Sequence) and not isinstance(captions, str) and captions:
+        captions = dice.choice(list(captions))
+    if not isinstance(captions, str):
+        raise ValueError(f"caption: got {captions!r:.60}, expected text, or a list of texts")
+    given = row.get("url", row.get("image"))
+    if not given:
+        raise ValueError(f"url: got the fields {_fields(row)}, expected the path of a picture")
+    return [Turn("user", ""), Turn("assistant", _said(captions, "caption"))], [_path(given)]
+
+
+def _placed(turns: list[Turn], pictures: list[str], notes: Counter[str]) -> list[Turn]:
+    """Places in the users' texts become numbers of pictures; without places all pictures open the first question.
+
+    In a row without pictures a place is text like any other, and counted.
+    """
+    listed = sum(turn.pictures for turn in turns)
+    if listed:
+        if listed != len(pictures):
+            raise ValueError(
+                f"got pictures both in a turn's content and under image, {len(pictures)} in all; drop some"
+            )
+        return turns
+    marks = sum(_marks(turn) for turn in turns if turn.role == "user")
+    if not pictures:
+        notes["places_as_text"] += bool(marks)
+        return turns
+    if marks not in (0, len(pictures)):
+        raise ValueError(f"got {len(pictures)} pictures and {marks} places {PLACE}, expected one for each, or no place")
+    placed, waiting = [], 0 if marks else len(pictures)
+    for turn in turns:
+        if turn.role == "user":
+            count = _marks(turn)
+            if count:  # as LLaVA does: the place goes, and blanks around the text with it
+                text, more = (part.replace(PLACE, "").strip() for part in (turn.text, turn.input))
+                turn = replace(turn, text=text, input=more)
+            turn, waiting = replace(turn, pictures=count + waiting), 0
+        placed.append(turn)
+    return placed
+
+
+def _marks(turn: Turn) -> int:
+    """Places for pictures in a turn."""
+    return turn.text.count(PLACE) + turn.input.count(PLACE)
+
+
+def _pictures(row: Mapping[str, Any]) -> list[str]:
+    """What stands under image or images."""
+    given = row.get("images") or row.get("image")
+    if not given:
+        return []
+    return [_path(one) for one in (given if isinstance(given, Sequence) and not isinstance(given, str) else [given])]
+
+
+def _path(given: Any) -> str:
+    """A path that can be one."""
+    if not isinstance(given, str) or not given or "\0" in given:
+        raise ValueError(f"image: got {given!r:.60}, expected the path of a picture")
+    if "://" in given or given.startswith("data:"):
+        raise ValueError(f"image: got {given[:60]!r}, expected a path; fetch the picture and name its file")
+    return given
+
+
+def _system(row: Mapping[str, Any]) -> list[Turn]:
+    """The system text of a row that has one."""
+    return [Turn("system", _text(row, "system"))] if row.get("system") else []
+
+
+def _mapping(row: Any) -> Mapping[str, Any]:
+    """A row that has fields."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"got a {type(row).__name__}, expected a mapping of fields")
+    return row
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    """A field that must hold text."""
+    if name not in row:
+        raise ValueError(f"{name}: missing among the fields {_fields(row)}; add it")
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name}: got {row[name]!r:.60}, expected text")
+    return row[name]
+
+
+def _said(text: str, name: str) -> str:
+    """An answer that says something."""
+    if not text.strip():
+        raise ValueError(f"{name}: got an empty answer, expected text; add it, or drop the row")
+    return text
+
+
+def _fields(row: Mapping[str, Any]) -> str:
+    """Names of a row's fields, for a sentence."""
+    return ", ".join(str(name) for name in row)[:120] or "none"

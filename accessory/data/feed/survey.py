@@ -1,0 +1,189 @@
+"""One look at a data file: its SHA-256, and stretches of it that several processes can read side by side.
+
+Must not know what a row means. What was found is remembered beside the cache, for files that did not change since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from accessory.data.feed.files import BLOCK, LONGEST_TEXT, Span, read_rows, sniff
+from accessory.data.feed.store import open_store
+
+STRETCH = 1 << 20  # bytes of a stretch, about
+ROWS = 2048  # rows of a stretch, about, where places count rows
+VERSION = 1
+_EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
+_SETTLED = 2.0  # seconds after which a file system surely tells two changes apart
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a data file without reading its rows again."""
+
+    path: str
+    size: int
+    changed: int
+    """Modification time in nanoseconds."""
+    sha256: str
+    kind: str
+    rows: int
+    """Row numbers are 1 to this; empty lines have one as well."""
+    spans: tuple[Span, ...]
+
+
+def survey(path: Path, memory: Path | None) -> Survey:
+    """Look at a file, or remember it: what `memory`, a folder, has of its path, size and time of change is taken.
+
+    Raises OSError or ValueError for a file that is not what its suffix says.
+    """
+    state = path.stat()
+    note = None if memory is None else memory / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    known = _remembered(note, path, state) if note is not None else None
+    if known is not None:
+        return known
+    kind = sniff(path)
+    sha256, rows, spans = _SURVEYS.get(kind, _rows)(path)
+    check_unchanged(path, state.st_size, state.st_mtime_ns)
+    found = Survey(str(path), state.st_size, state.st_mtime_ns, sha256, kind, rows, tuple(spans))
+    if note is not None and time.time() - state.st_mtime > _SETTLED:
+        _remember(note, found)
+    return found
+
+
+def check_unchanged(path: Path, size: int, changed: int) -> None:
+    """ValueError where a file is no more what it was."""
+    state = path.stat()
+    if (state.st_size, state.st_mtime_ns) != (size, changed):
+        raise ValueError(f"{path}: changed while it was read; let no one write to it, and start again")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in _blocks(file):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """The bytes of a file, in order."""
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _jsonl(path: Path) -> tuple[str, int, list[Span]]:
+    """Stretches between lines."""
+    return _cut(path, lambda data: data.rfind(b"\n") + 1)
+
+
+def _txt(path: Path) -> tuple[str, int, list[Span]]:
+    """Stretches between empty lines."""
+
+    def end(data: bytes) -> int:
+        ends = [match.end() for match in _EMPTY_LINE.finditer(data)]
+        return ends[-1] if ends else data.rfind(b"\n") + 1 if len(data) >= LONGEST_TEXT else 0
+
+    return _cut(path, end)
+
+
+def _cut(path: Path, end: Callable[[bytes], int]) -> tuple[str, int, list[Span]]:
+    """SHA-256, lines and stretches; `end` says how much of the bytes so far is whole rows."""
+    total, spans, held = hashlib.sha256(), [], b""
+    begin, number = 0, 1
+    with path.open("rb") as file:
+        for block in _blocks(file):
+            total.update(block)
+            held += block
+            whole = end(held) if len(held) >= STRETCH else 0
+            if whole:
+                spans.append(Span(begin, number, begin + whole))
+                number += held.count(b"\n", 0, whole)
+                begin, held = begin + whole, held[whole:]
+    if held:
+        spans.append(Span(begin, number, begin + len(held)))
+        number += held.count(b"\n") + (not held.endswith(b"\n"))
+    return total.hexdigest(), number - 1, spans
+
+
+def _rows(path: Path) -> tuple[str, int, list[Span]]:
+    """Stretches of a json list, between rows."""
+    spans: list[Span] = []
+    begin, number, rows = 0, 1, 0
+    for raw in read_rows(path):
+        rows = raw.number
+        if raw.place - begin >= STRETCH:
+            spans.append(Span(begin, number, raw.place))
+            begin, number = raw.place, raw.number
+    if rows:
+        spans.append(Span(begin, number, None))
+    return sha256_of(path), rows, spans
+
+
+def _csv(path: Path) -> tuple[str, int, list[Span]]:
+    """One stretch: where a record begins is only known to whoever read all before it."""
+    rows = sum(1 for _ in read_rows(path))
+    return sha256_of(path), rows, [Span()] if rows else []
+
+
+def _parquet(path: Path) -> tuple[str, int, list[Span]]:
+    """Stretches of rows that do not cross row groups."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        meta = pyarrow.parquet.ParquetFile(path).metadata
+    except pyarrow.ArrowException as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as parquet ({words[:200]}); fetch it again") from error
+    spans, first = [], 0
+    for group in range(meta.num_row_groups):
+        last = first + meta.row_group(group).num_rows
+        spans += [Span(at, at + 1, min(at + ROWS, last)) for at in range(first, last, ROWS)]
+        first = last
+    return sha256_of(path), first, spans
+
+
+def _packed(path: Path) -> tuple[str, int, list[Span]]:
+    """The rows and SHA-256 that the file says, after a check that its bytes are these."""
+    store = open_store(path, verify=True)
+    return store.sha256, len(store), []
+
+
+_SURVEYS: dict[str, Callable[[Path], tuple[str, int, list[Span]]]] = {
+    "jsonl": _jsonl,
+    "txt": _txt,
+    "csv": _csv,
+    "parquet": _parquet,
+    "packed": _packed,
+}
+
+
+def _remembered(note: Path, path: Path, state: os.stat_result) -> Survey | None:
+    """What an earlier look at the same file found."""
+    try:
+        told: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        known = (told.pop("version"), told["size"], told["changed"])
+        if known != (VERSION, state.st_size, state.st_mtime_ns):
+            return None
+        told |= {"path": str(path), "spans": tuple(Span(**span) for span in told["spans"])}
+        return Survey(**told)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(note: Path, found: Survey) -> None:
+    """Write a note for the next look, whole or not at all."""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"version": VERSION, **asdict(found)}), encoding="utf-8")
+    os.replace(temporary, note)
