@@ -36,6 +36,8 @@ TYPES: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 # what configs carry and no part of the model reads
 PASSED_OVER = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder", "lora_args", "quantization_args"}
+# what PEFT may add outside the decoder, whatever the composition
+OUTSIDE = {"projector_lora_rank", "vision_lora_rank", "lora_alpha", "lora_rslora", "lora_dropout"}
 DEFAULT_WINDOW = 4096  # Llama 2's; Meta's params.json does not say
 
 
@@ -137,16 +139,19 @@ def load(
     dtype: torch.dtype | None = None,
     quant: bool = False,
     optional: Collection[str] = (),
+    wide: Collection[str] = (),
 ) -> None:
     """Put this rank's slices of every tensor in place of the meta parameters, one at a time, strictly.
 
     quant: the weights of the layers' linears become NF4 as they arrive, so no more than one of them is whole at once;
-    embedding, head, norms, vision and PEFT keep their dtype.
+    embedding, head, norms, vision and PEFT keep their dtype. optional: may be absent, and then stay on meta.
+    wide: come in fp32 whatever `dtype` says.
     """
     if quant:
         from accessory.quant import quantise
     modules = dict(model.named_modules())
-    for key, tensor in checkpoint.tensors(cuts_of(model), dtype=dtype, optional=optional):
+    dtypes = {key: torch.float32 for key in wide}
+    for key, tensor in checkpoint.tensors(cuts_of(model), dtype=dtype, optional=optional, dtypes=dtypes):
         owner, _, leaf = key.rpartition(".")
         module, tensor = modules[owner], tensor.to(device)
         if quant and leaf == "weight" and isinstance(module, Linear):
@@ -205,7 +210,7 @@ def read_spec(
             raise ValueError(
                 f"llama_type: got {kind} with {adds}, expected a _peft or _adapter type for these; correct one of them"
             )
-        peft = {}
+        peft = {name: value for name, value in peft.items() if name in OUTSIDE}
     rows = peft.get("prefix_len", PeftConfig.prefix_len)
     if vision_kind == "perceiver" and vision is not None and vision.queries != rows:
         raise ValueError(f"vision: got {vision.queries} queries for prefix_len {rows}, expected as many; correct one")

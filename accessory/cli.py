@@ -16,6 +16,7 @@ from importlib import import_module
 from accessory import __version__
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: (module with a main(argv), one line of help)
+    "train": ("accessory.train.main", "train a model: pretraining, finetuning of all or few parameters, with pictures"),
     "inspect": ("accessory.inspect", "print what a checkpoint folder holds, and verify it"),
     "bench": ("accessory.bench", "measure decode, prefill and loading beside a peer and the machine's ceilings"),
 }

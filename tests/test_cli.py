@@ -66,7 +66,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["inspct", "x"]) == 2
     assert capsys.readouterr().err == "accessory: error: unknown verb 'inspct'; did you mean 'inspect'?\n"
     assert cli.main(["zzz"]) == 2
-    assert "expected one of inspect" in capsys.readouterr().err
+    assert "expected one of train, inspect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.VERBS)

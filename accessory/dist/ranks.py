@@ -78,6 +78,8 @@ class Ranks:
     dp_group: ProcessGroup | None = None
     control: ProcessGroup | None = None
     """A gloo group over the tp ranks for objects and CPU tensors, with a timeout of days; None when tp is 1."""
+    host_group: ProcessGroup | None = None
+    """A gloo group over all ranks for objects and CPU tensors; None when there is one rank."""
 
     @property
     def leader(self) -> bool:
@@ -211,7 +213,13 @@ def _join(ranks: Ranks, place: Place, timeout: timedelta) -> None:
         if place.rank in members:
             _set_timeout(group, IDLE)
             ranks.control = group
+    ranks.host_group = host_group(timeout)
     log.info("%d ranks: tp %d x dp %d, %s over %s", place.world, size, ranks.dp_size, backend, ranks.device.type)
+
+
+def host_group(timeout: timedelta) -> ProcessGroup:
+    """A further gloo group over all ranks, for a thread or a kind of message of its own; all ranks call it at once."""
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def _meet(place: Place, timeout: timedelta) -> Store:

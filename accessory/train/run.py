@@ -1,0 +1,310 @@
+"""One training run: folder, data, model and optimiser put together, the loop, and the final model.
+
+Must not know a file format, a template or a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accessory.assemble import Bundle
+from accessory.checkpoint import Form
+from accessory.config import dump
+from accessory.dist import Ranks, dtype_from_name
+from accessory.dist.ranks import host_group
+from accessory.train.evaluate import Best, Validation
+from accessory.train.feeding import PATIENCE, Data, feed_config, make_feed, open_data, questions, validation_batches
+from accessory.train.final import write_final
+from accessory.train.folder import RunFolder
+from accessory.train.loop import Loop, Pace, Stepped
+from accessory.train.meter import Meter, count_flops, peak_flops
+from accessory.train.optim import load_optimizer, make_optimizer, optimizer_pieces
+from accessory.train.parts import Parts, table
+from accessory.train.results import write_results
+from accessory.train.resume import Found, check_facts
+from accessory.train.save import Saver, restore
+from accessory.train.schedule import lr_factor, warmup_steps
+from accessory.train.settings import Settings
+from accessory.train.start import Start, make_model, open_start, papers
+from accessory.train.stop import RESUMABLE, Stopper
+from accessory.train.trainee import Trainee
+from accessory.train.watch import Watch
+
+log = logging.getLogger(__name__)
+
+MODEL, OPTIMIZER = "model/", "optimizer/"  # sets of tensors in a checkpoint
+
+
+def run(settings: Settings, ranks: Ranks) -> int:
+    """Train. 0, or RESUMABLE when a signal ended the run after its checkpoint was written."""
+    patient = host_group(PATIENCE) if ranks.world > 1 else None
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(settings.output_dir, ranks, overwrite=settings.overwrite_output_dir))
+        stopper = stack.enter_context(Stopper())
+        found = folder.find(settings.resume)
+        start = open_start(settings, ranks)
+        config = feed_config(settings, start.template, start.spec.vision, start.slots)
+        data = open_data(settings, config, start.tokenizer, ranks, patient)
+        model, parts = make_model(start, settings, ranks, pictures=data.pictures)
+        return Run(settings, ranks, folder.path, start, data, parts, found).go(model, stopper, stack)
+
+
+@dataclass
+class Run:
+    """The pieces of a run, and what is due after its steps."""
+
+    settings: Settings
+    ranks: Ranks
+    folder: Path
+    start: Start
+    data: Data
+    parts: Parts
+    found: Found | None
+    saved: int | None = None
+    """The step of the last checkpoint."""
+    judged: dict[str, float] = field(default_factory=dict)
+    """What the last validation found."""
+
+    def go(self, model: torch.nn.Module, stopper: Stopper, stack: contextlib.ExitStack) -> int:
+        """Everything after the model is loaded; the exit code."""
+        self._introduce()
+        self._prepare(model, stack)
+        step, stopped = self._loop(stopper).run()
+        self.saver.wait(final=stopped)
+        if stopped:
+            log.info("stopped by a signal after step %d of %d; the same command goes on from there", step, self.total)
+            return RESUMABLE
+        self._finish(step)
+        return 0
+
+    # ---- before the first step
+
+    def _prepare(self, model: torch.nn.Module, stack: contextlib.ExitStack) -> None:
+        """Model and optimiser in place, the checkpoint taken up, and everything open that is written to."""
+        settings, ranks, start = self.settings, self.ranks, self.start
+        flops = count_flops(model, self.parts.names, length=self.data.own_length)
+        self.trainee = Trainee(
+            model,
+            self.parts,
+            ranks,
+            dtype=start.dtype,
+            zero=settings.zero,
+            offload=settings.cpu_offload,
+            checkpointing=settings.activation_checkpointing,
+            compile=settings.torch_compile,
+        )
+        self.optimizer = make_optimizer(self.trainee, settings)
+        self.feed = make_feed(settings, self.data, start.tokenizer, ranks)
+        self.total = _total_steps(settings, self.feed.steps_per_epoch)
+        self.first = self._go_on()
+        self.best = Best(**(self.found.facts.get("best") or {}) if self.found is not None else {})
+        group = host_group(PATIENCE) if ranks.world > 1 else None
+        self.saver = Saver(self.folder, ranks, keep=settings.save_total_limit, group=group, papers=papers(start))
+        self.saver.best = self.best.step
+        stack.enter_context(self.saver)
+        self.watch = Watch(
+            self.folder,
+            ranks,
+            Meter(ranks.device, flops=flops, peak=peak_flops(ranks.device, start.dtype), world=ranks.world),
+            total=self.total,
+            first=self.first,
+            every=settings.logging_steps,
+            tensorboard="tensorboard" in settings.report_to,
+            plot=settings.plot_loss,
+            state=None if self.found is None else self.found.facts["watch"],
+        )
+        stack.enter_context(self.watch)
+        self.validation = self._judge()
+        if ranks.rank == 0:
+            dump(settings, self.folder / "train.yaml")
+
+    def _loop(self, stopper: Stopper) -> Loop:
+        """The loop and what is due in it."""
+        settings = self.settings
+        pace = Pace(
+            total=self.total,
+            first=self.first,
+            eval_every=self._eval_every() if self.validation is not None else None,
+            save_every=settings.save_steps,
+            save_minutes=settings.save_minutes,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+        )
+        return Loop(
+            trainee=self.trainee,
+            optimizer=self.optimizer,
+            feed=iter(self.feed),
+            ranks=self.ranks,
+            pace=pace,
+            lr=lambda step: lr_factor(step, self.total, settings),
+            on_step=self._step,
+            on_eval=self._evaluate,
+            on_save=self._save,
+            stopped=stopper,
+        )
+
+    def _introduce(self) -> None:
+        """What is trained, on what, and how the first example looks."""
+        for line in table(self.parts):
+            log.info("%s", line)
+        for line in self.data.describe(self.start.tokenizer):
+            log.info("%s", line)
+
+    def _go_on(self) -> int:
+        """Take up the checkpoint that was found; the number of steps that it had done."""
+        if self.found is None:
+            return 0
+        facts = self.found.facts
+        check_facts(facts, self._facts())
+        restore(self.found.path, self._prefixed(MODEL, self.trainee.pieces()))
+        self.trainee.refresh()
+        pieces = self._prefixed(OPTIMIZER, optimizer_pieces(self.optimizer, self.trainee))
+        restore(self.found.path, pieces)
+        load_optimizer(
+            self.optimizer,
+            self.trainee,
+            ((name.removeprefix(OPTIMIZER), piece.tensor) for name, piece in pieces.items()),
+        )
+        self.trainee.restore(facts["trainee"])
+        self.feed.restore(facts["feed"])
+        return int(facts["step"])
+
+    def _judge(self) -> Validation | None:
+        """Validation, where there is data for it."""
+        settings, start = self.settings, self.start
+        if self.data.validation is None:
+            return None
+        bundle = Bundle(
+            model=self.trainee.module.llama,
+            tokenizer=start.tokenizer,
+            config=start.spec.llama,
+            vision=start.spec.vision,
+            template=start.template,
+            llama_type=start.spec.llama_type,
+            source=str(self.folder),
+            dtype=start.dtype,
+        )
+        asked = questions(settings, self.data)
+        return Validation(
+            self.trainee,
+            bundle,
+            self.ranks,
+            batches=validation_batches(settings, self.data, self.ranks),
+            questions=asked,
+            zero=settings.zero,
+            max_new_tokens=settings.eval_max_new_tokens,
+        )
+
+    def _eval_every(self) -> int:
+        """Steps between two validations."""
+        return self.settings.eval_steps or self.feed.steps_per_epoch or self.total
+
+    # ---- after a step
+
+    def _step(self, done: Stepped, factor: float) -> None:
+        """Write the step down."""
+        values: dict[str, Any] = {
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "lr": self.settings.learning_rate * factor,
+            "tokens": done.tokens,
+            "pictures": done.pictures,
+        }
+        if self.feed.steps_per_epoch:
+            values["epoch"] = round(done.step / self.feed.steps_per_epoch, 6)
+        self.watch.log(done.step, values)
+
+    def _evaluate(self, step: int) -> None:
+        """Judge the model; the best step is kept beside the last ones."""
+        assert self.validation is not None, "nothing to judge by"
+        with self.watch.pause():
+            outcome = self.validation(step)
+        self.judged = outcome.values()
+        self.watch.log(step, self.judged)
+        if self.best.update(step, outcome.loss):
+            self._save(step)
+            self.saver.best = step
+
+    def _save(self, step: int) -> None:
+        """Hand a checkpoint to the saver, once for a step."""
+        if self.saved == step:
+            return
+        self.saved = step
+        self.watch.flush()
+        pieces = {
+            **self._prefixed(MODEL, self.trainee.pieces()),
+            **self._prefixed(OPTIMIZER, optimizer_pieces(self.optimizer, self.trainee)),
+        }
+        best = None if self.best.step is None else {"step": self.best.step, "loss": self.best.loss}
+        facts = {
+            **self._facts(),
+            "base": self.start.sources if self.trainee.frozen_pieces() or self.settings.quantization_bit else [],
+            "feed": self.feed.state(),
+            "trainee": self.trainee.state(),
+            "watch": self.watch.state(),
+            "best": best,
+        }
+        self.saver.save(step, pieces, facts)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint of this one is compared by."""
+        settings = self.settings
+        return {
+            "data": self.data.fingerprint,
+            "seed": settings.seed,
+            "optimizer": settings.optim,
+            "global_batch": settings.per_device_train_batch_size
+            * settings.gradient_accumulation_steps
+            * self.ranks.dp_size,
+            "total_steps": self.total,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+            "warmup_steps": warmup_steps(self.total, settings),
+            "betas": [settings.adam_beta1, settings.adam_beta2],
+            "epsilon": settings.adam_epsilon,
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+        }
+
+    def _finish(self, step: int) -> None:
+        """The final weights and the results."""
+        settings, start = self.settings, self.start
+        pieces = self.trainee.pieces()
+        if not settings.only_save_trainable:
+            pieces |= self.trainee.frozen_pieces()
+        name = settings.save_dtype
+        form = Form(
+            shards=settings.save_shards or settings.tensor_parallel_size,
+            fmt=settings.save_format,
+            dtype=dtype_from_name(name) if name else start.dtype,
+            tied=start.spec.llama.tied,
+        )
+        if settings.save_steps:
+            self._save(step)
+            self.saver.wait(final=True)
+        write_final(self.folder, pieces, form=form, papers=papers(start), ranks=self.ranks)
+        results = self.watch.results()
+        if self.ranks.rank == 0:
+            write_results(self.folder, "train", results)
+            if self.judged:
+                write_results(self.folder, "eval", self.judged)
+            log.info("%s: the trained model, after %d steps", self.folder, step)
+
+    @staticmethod
+    def _prefixed(prefix: str, pieces: dict[str, Any]) -> dict[str, Any]:
+        return {prefix + name: piece for name, piece in pieces.items()}
+
+
+def _total_steps(settings: Settings, per_epoch: int | None) -> int:
+    """Steps of the whole run."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    assert per_epoch is not None, "a stream has max_steps"
+    return max(1, math.ceil(settings.num_train_epochs * per_epoch))

@@ -1,0 +1,216 @@
+"""`accessory train` from outside: what a run leaves, how it ends, and what it says when something is wrong.
+
+Must not reach into the program; what is exact inside is tested beside its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from train_runs import ROOT, command, curve, defaults, drawings, environment, log_of, sums, train
+
+
+def last_line(text: str) -> str:
+    """The last line of what was said."""
+    return text.strip().splitlines()[-1]
+
+
+def refused(folder: Path, **settings: object) -> str:
+    """The sentence with which a run ends that cannot be."""
+    done = train(folder, expect=1, **settings)
+    assert "Traceback" not in done.stderr, done.stderr
+    return last_line(done.stderr)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run over sums, with validation, tp 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(
+        folder,
+        dataset=sums(folder),
+        output_dir=folder / "run",
+        max_steps=8,
+        save_steps=4,
+        precision="fp32",
+        learning_rate=1e-3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        cutoff_len=96,
+        nproc_per_node=2,
+        tensor_parallel_size=2,
+        eval_steps=4,
+        val_size=4,
+        save_total_limit=3,
+    )
+    return folder
+
+
+def test_a_run_learns(trained: Path) -> None:
+    losses = [line["loss"] for line in log_of(trained / "run")]
+    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_leaves_results_log_settings_and_checkpoints(trained: Path) -> None:
+    names = {path.name for path in (trained / "run").iterdir()}
+    wanted = {"checkpoint-4", "checkpoint-8", "train.yaml", "trainer_log.jsonl", "train_results.json", "manifest.json"}
+    assert wanted <= names
+    lines = [json.loads(line) for line in (trained / "run" / "trainer_log.jsonl").read_text().splitlines()]
+    assert {line["current_steps"] for line in lines if "eval_loss" in line} == {4, 8}
+    assert all("eval_exact_match" in line for line in lines if "eval_loss" in line)
+
+
+@pytest.mark.parametrize("folders", [["run"], ["run/checkpoint-8"]])
+def test_the_final_folder_and_a_checkpoint_behind_its_base_answer_in_the_demo(
+    trained: Path, folders: list[str]
+) -> None:
+    base = [] if folders == ["run"] else [str(ROOT / "accessory" / "tiny")]
+    paths = [*base, *(str(trained / name) for name in folders)]
+    done = subprocess.run(
+        [os.sys.executable, "demos/single_turn.py", "--pretrained_path", *paths, "--prompt", "Add 1 and 7."],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_run_at_tp_2_goes_on_at_dp_2_with_the_same_losses(trained: Path) -> None:
+    run = trained / "other"
+    shutil.copytree(trained / "run", run)
+    shutil.rmtree(run / "checkpoint-8")
+    done = train(
+        trained,
+        dataset=trained / "sums.json",
+        output_dir=run,
+        max_steps=8,
+        save_steps=4,
+        precision="fp32",
+        learning_rate=1e-3,
+        per_device_train_batch_size=1,
+        cutoff_len=96,
+        nproc_per_node=2,
+        val_size=4,
+        save_total_limit=3,
+    )
+    assert "going on from" in done.stderr
+    before, after = curve(trained / "run"), curve(run)
+    assert [line[0] for line in after] == list(range(1, 9)) and after[:4] == before[:4]
+    assert [line[1] for line in after[4:]] == pytest.approx([line[1] for line in before[4:]], abs=1e-5)
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_code_that_says_resumable(tmp_path: Path) -> None:
+    settings = {
+        "dataset": sums(tmp_path),
+        "output_dir": tmp_path / "run",
+        "max_steps": 100000,
+        "cutoff_len": 64,
+        "save_steps": 0,
+        "finetuning_type": "norm_bias",
+    }
+    process = subprocess.Popen(
+        command(**defaults(tmp_path), **settings), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    steps = len(log_of(tmp_path / "run"))
+    assert (tmp_path / "run" / f"checkpoint-{steps}").is_dir()
+
+
+def test_one_row_trains_on_two_ranks(tmp_path: Path) -> None:
+    settings = {"dataset": sums(tmp_path, 1), "output_dir": tmp_path / "run", "max_steps": 2, "nproc_per_node": 2}
+    train(tmp_path, save_steps=0, cutoff_len=64, **settings)
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_rows_with_and_without_pictures_mix_on_two_ranks(tmp_path: Path, zero: int) -> None:
+    train(
+        tmp_path,
+        dataset=[drawings(tmp_path, 3), sums(tmp_path, 9)],
+        output_dir=tmp_path / "run",
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        packing="false",
+        nproc_per_node=2,
+        zero=zero,
+        save_steps=0,
+        train_vision="lora",
+        cutoff_len=64,
+    )
+    assert len(log_of(tmp_path / "run")) == 6
+
+
+def test_a_loss_that_is_no_number_stops_all_ranks_and_names_rows(tmp_path: Path) -> None:
+    said = refused(
+        tmp_path,
+        dataset=sums(tmp_path),
+        output_dir=tmp_path / "run",
+        max_steps=8,
+        learning_rate=1e30,
+        max_grad_norm=0,
+        optim="sgd",
+        precision="fp32",
+        nproc_per_node=2,
+        save_steps=0,
+        cutoff_len=64,
+    )
+    assert "sums.json:" in said and "nothing was updated" in said
+
+
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path) -> None:
+    path = sums(tmp_path, 6)
+    rows = json.loads(path.read_text())
+    rows[3]["output"] = " "
+    path.write_text(json.dumps(rows))
+    common = {"dataset": path, "output_dir": tmp_path / "run", "max_steps": 1, "save_steps": 0, "cutoff_len": 64}
+    assert "sums.json:4: output: got an empty answer" in refused(tmp_path, **common)
+    assert "1 bad" in train(tmp_path, on_bad_row="skip", **common).stderr
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = drawings(tmp_path, 2)
+    rows = json.loads(path.read_text())
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    rows[1]["image"] = "broken.png"
+    path.write_text(json.dumps(rows))
+    said = refused(tmp_path, dataset=path, output_dir=tmp_path / "run", max_steps=1, save_steps=0, cutoff_len=96)
+    assert "drawings.json:2" in said and "broken.png" in said
+
+
+def test_a_data_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    said = refused(tmp_path, dataset=tmp_path / "nowhere.json", output_dir=tmp_path / "run", cutoff_len=64)
+    assert "nowhere.json" in said and "no such file" in said
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    settings = {"dataset": sums(tmp_path), "output_dir": tmp_path / "run", "max_steps": 100000, "cutoff_len": 64}
+    first = subprocess.Popen(
+        command(**defaults(tmp_path), **settings), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stderr is not None
+        next(line for line in first.stderr if line.startswith("step 1/"))
+        assert "in use" in refused(tmp_path, **settings) or "another" in refused(tmp_path, **settings)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_dry_run_prints_parts_memory_and_steps_and_leaves_nothing(tmp_path: Path) -> None:
+    done = train(tmp_path, dataset=sums(tmp_path), output_dir=tmp_path / "run", dry_run="true", cutoff_len=64)
+    assert "frozen" in done.stdout and "memory" in done.stdout and "steps" in done.stdout
+    assert not (tmp_path / "run").exists()
