@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accessory.bench import ceilings, run, shapes
+from accessory.bench.line import compare
 from accessory.bench.sides import SIDES
 from accessory.model import LlamaConfig, cuts_of
 from accessory.model.llama import Llama
@@ -61,7 +62,7 @@ def test_weights_per_token_are_those_of_the_model() -> None:
 
 def test_a_lower_time_is_a_higher_ratio() -> None:
     lines = [run.Line("load", "ours", "s", [2.0, 2.0]), run.Line("load", "transformers", "s", [4.0, 4.0])]
-    run._compare(lines)
+    compare(lines)
     assert [line.ratio for line in lines] == [2.0, 1.0]
 
 

@@ -19,18 +19,20 @@ from typing import Literal
 import torch
 
 from accessory.bench import ceilings
+from accessory.bench.line import Line, compare, median_ratio
 from accessory.bench.load import start_times
 from accessory.bench.shapes import SHAPES, cache_bytes, matmul_weights, prefill_flops
 from accessory.bench.sides import SIDES, Side
+from accessory.bench.training import measure_training
 from accessory.config import parse
 from accessory.dist import dtype_from_name, pick_device
 
-WHAT = ("decode", "prefill", "load")
+WHAT = ("decode", "prefill", "load", "train")
 
 
 @dataclass
 class Settings:
-    """What to measure. The first word says it: decode, prefill or load."""
+    """What to measure. The first word says it: decode, prefill, load or train."""
 
     shape: Literal["110m", "1b", "7b"] = "110m"
     """Size of the randomly initialised model."""
@@ -46,27 +48,14 @@ class Settings:
     """Tokens decoded per round."""
     rounds: int = 5
     """Rounds per side; the sides take turns, and medians count."""
+    batch: int = 4
+    """train: rows of a step."""
+    length: int = 512
+    """train: tokens of a row."""
+    steps: int = 3
+    """train: steps of a side per round."""
     json: str | None = None
     """Also write the result to this file."""
-
-
-@dataclass
-class Line:
-    """One measured figure: the median over rounds, all rounds, and how it stands to the ceiling and to the peer."""
-
-    what: str
-    side: str
-    unit: str
-    rounds: list[float]
-    of_ceiling: float | None = None
-    """Median over rounds of the share of that round's ceiling."""
-    ratio: float | None = None
-    """Median over rounds of the ratio to the peer; above 1 is better, whatever the unit."""
-
-    @property
-    def value(self) -> float:
-        """The median."""
-        return statistics.median(self.rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,13 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in WHAT:
         raise ValueError(usage)
     what, settings = argv[0], parse(Settings, argv[1:], prog="accessory bench WHAT", description=Settings.__doc__ or "")
-    for name in ("prompt", "tokens", "rounds"):
+    for name in ("prompt", "tokens", "rounds", "batch", "length", "steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name}: got {getattr(settings, name)}, expected at least 1")
     device = pick_device(settings.device)
     about = _about(settings, device)
-    lines = _load(settings, device) if what == "load" else _speed(what, settings, device, about)
-    _compare(lines)
+    if what == "train":
+        lines = measure_training(settings, device, about)
+    else:
+        lines = _load(settings, device) if what == "load" else _speed(what, settings, device, about)
+    compare(lines)
     print(_table(what, lines, about))
     if settings.json:
         record = {
@@ -126,7 +118,7 @@ def _speed(what: str, settings: Settings, device: torch.device, about: dict) -> 
         "ceiling_tokens_s": statistics.median(tops) / cost,
     }
     return [
-        Line(what, name, "tokens/s", rates[name], of_ceiling=_median_ratio(rates[name], [top / cost for top in tops]))
+        Line(what, name, "tokens/s", rates[name], of_ceiling=median_ratio(rates[name], [top / cost for top in tops]))
         for name in names
     ]
 
@@ -153,19 +145,6 @@ def _load(settings: Settings, device: torch.device) -> list[Line]:
     """Seconds from the start of a process to its first token, weights on disk and in the page cache."""
     times = start_times(settings.shape, settings.peer, settings.dtype, str(device), settings.rounds)
     return [Line("load", name, "s", rounds) for name, rounds in times.items()]
-
-
-def _compare(lines: list[Line]) -> None:
-    """Set each side's ratio to the peer."""
-    peers = [line for line in lines if line.side != "ours"]
-    for line in lines if peers else []:
-        pair = (line.rounds, peers[0].rounds)
-        line.ratio = _median_ratio(*(reversed(pair) if line.unit == "s" else pair))
-
-
-def _median_ratio(a: list[float], b: list[float]) -> float:
-    """The median of a / b, round by round."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def _about(settings: Settings, device: torch.device) -> dict:
@@ -203,10 +182,15 @@ def _table(what: str, lines: list[Line], about: dict) -> str:
             f"ceilings: memory read {about['memory_read_gb_s']:.1f} GB/s, bf16 matmul"
             f" {about['matmul_bf16_tflop_s']:.2f} TFLOP/s -> {what} {about['ceiling_tokens_s']:.1f} tokens/s"
         )
-    rows = [f"{'what':<9}{'side':<14}{'median':>10} {'unit':<9}{'min':>9}{'max':>9}{'ceiling':>9}{'ratio':>7}"]
+    head += [
+        f"{name.replace('_', ' ')}: {about[name]:.4f}"
+        for name in ("full_loss_distance", "lora_loss_distance", "packed_of_full_rows")
+        if name in about
+    ]
+    rows = [f"{'what':<11}{'side':<14}{'median':>10} {'unit':<9}{'min':>9}{'max':>9}{'ceiling':>9}{'ratio':>7}"]
     for line in lines:
         share = f"{line.of_ceiling:8.0%}" if line.of_ceiling is not None else ""
         ratio = f"{line.ratio:6.2f}" if line.ratio is not None else ""
         spread = f"{min(line.rounds):>9.2f}{max(line.rounds):>9.2f}"
-        rows.append(f"{line.what:<9}{line.side:<14}{line.value:>10.2f} {line.unit:<9}{spread}{share:>9}{ratio:>7}")
+        rows.append(f"{line.what:<11}{line.side:<14}{line.value:>10.2f} {line.unit:<9}{spread}{share:>9}{ratio:>7}")
     return "\n".join(head + rows)
