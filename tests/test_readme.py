@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from accessory.cli import VERBS
+from accessory.config import parse
+from accessory.train.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,11 +40,29 @@ def test_a_command_of_the_readme_is_real(command: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {words[1]}"
         return
+    if words[:3] == ["python", "-m", "accessory"]:
+        check_verb(words[3:])
+        return
+    if words[0] in ("bash", "sbatch"):
+        scripts = [word for word in words[1:] if word.endswith((".sh", ".sbatch"))]
+        assert scripts and all((ROOT / script).is_file() for script in scripts), f"{words} names no file"
+        return
     assert words[0] in ("python", "torchrun"), f"{words[0]} is not checked by this test"
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file(), f"{script} is not there"
     used = {word.partition("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
     assert used <= flags_of(script), f"{script} has no {', '.join(used - flags_of(script))}"
+
+
+def check_verb(words: list[str]) -> None:
+    """`accessory train`: its settings are known, and its config is there."""
+    assert words[0] == "train", f"the settings of {words[0]} are not checked by this test"
+    words = [word for word in words[1:]]
+    configs = [word for word in words if word.endswith(".yaml")]
+    assert all((ROOT / config).is_file() for config in configs), f"{configs} is not there"
+    pairs = [word for word in words if word not in configs]
+    settings = parse(Settings, pairs)
+    settings.check()
 
 
 @pytest.mark.parametrize("text", INLINE)
