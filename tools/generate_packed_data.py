@@ -27,13 +27,13 @@ class Settings:
     """The flags."""
 
     input: list[str]
-    """Text files (json, jsonl, csv, parquet, txt), or folders of them, in order."""
+    """Text files (json, jsonl, csv, parquet, txt), folders of them, or YAML files with a META list, in order."""
     tokenizer_path: str
     """Tokenizer file, or the folder that holds it; training must name the same one."""
     output: str
     """Folder to write; nothing is ever replaced. A run names it under dataset, with stage pt."""
     max_len: int = 2048
-    """Most tokens of a row; training's cutoff_len, or less."""
+    """Most tokens of a row; training's cutoff_len, or less. 0: no document is cut, and each is a row of its own."""
     column: str | None = None
     """Field of the text; none: text or content."""
     workers: int | None = None

@@ -5,6 +5,7 @@ Must not know batches or views. The cache is named after all that decides the nu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -124,8 +125,12 @@ def read_or_build(inputs: Inputs, tokenizer: Tokenizer) -> Store | None:
     if store is None:
         try:
             _build(path, inputs, tokenizer)
-        except PermissionError as error:
-            raise ValueError(f"cache_dir: {path.parent} cannot be written ({error}); name another folder") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ValueError(f"cache_dir: {path.parent}: {error.strerror}; free space or name another") from error
+            if isinstance(error, PermissionError):
+                raise ValueError(f"cache_dir: {path.parent} cannot be written ({error}); name another") from error
+            raise
         store = open_store(path, verify=False)
         log.info("data: tokenised into %s", path)
     else:
@@ -271,8 +276,8 @@ def _build(path: Path, inputs: Inputs, tokenizer: Tokenizer) -> None:
     size = sum(file.survey.size for file in inputs.files)
     mark = f"{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}"
     writer = StoreWriter(path.parent / f".{path.stem}.{mark}")
-    gathered = _Gathered(writer, inputs)
     try:
+        gathered = _Gathered(writer, inputs)
         with Workers(Tokeniser, (replace(config, sources=()), tokenizer), processes(config, size)) as workers:
             bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None)
             for stretch, done in workers.map(stretches(inputs), lambda stretch: stretch, _name):
@@ -297,6 +302,7 @@ class _Gathered:
         self.counts: Counter[str] = Counter()
         self.refused: list[str] = []
         self.missing: list[str] = []
+        self.tails = hashlib.sha256()
         self.ends = {"starts": 0, "pictures": 0, "name_ends": 0}
         for name in ("starts", "pictures"):
             writer.append(name, np.zeros(1, np.int64))
@@ -319,6 +325,7 @@ class _Gathered:
         self.refused += [f"{where}:{number}: {reason}" for number, _, reason in done.refused]
         del self.refused[SHOWN:]
         self.missing += done.missing
+        self.tails.update(done.tails)
 
     def finish(self, path: Path, tokenizer: Tokenizer) -> None:
         """Write the cache."""
@@ -332,7 +339,7 @@ class _Gathered:
             "refused": json.dumps(self.refused),
             "missing": json.dumps(self.missing),
             "tokenizer": tokenizer.digest,
-            "content": self.writer.digest("ids", "learn", "starts", "slots"),
+            "content": self.writer.digest("ids", "learn", "starts", "slots") + self.tails.hexdigest(),
         }
         self.writer.finish(path, metadata)
 

@@ -18,6 +18,7 @@ from accessory.data.feed.files import Bad, Span, parse, read_rows
 from accessory.data.feed.records import to_sample
 from accessory.data.feed.sources import FeedConfig
 from accessory.data.feed.store import Store
+from accessory.data.feed.survey import check_unchanged
 from accessory.data.feed.tokenise import cut
 from accessory.data.template import Turn
 from accessory.data.tokenizer import Tokenizer
@@ -166,6 +167,7 @@ class Corpus:
         if config.stage != "sft" or "files" not in arrays:
             raise ValueError(f"{self.where(index)}: is plain text, expected a conversation; set stage to sft")
         file = self._inputs.files[int(arrays["files"][row])]
+        check_unchanged(file.path, file.survey.size, file.survey.changed)
         span = Span(int(arrays["places"][row]), int(arrays["numbers"][row]), None)
         value = parse(next(read_rows(file.path, span)))
         if isinstance(value, Bad):

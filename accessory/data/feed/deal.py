@@ -21,6 +21,8 @@ from accessory.data.feed.sources import FeedConfig
 
 log = logging.getLogger(__name__)
 
+SHOWN = 5  # rows that are named
+
 
 class Feed:
     """The steps of one data-parallel rank, for ever: each a list of `accumulation` micro-batches.
@@ -107,7 +109,7 @@ class Feed:
         for (epoch, taken), batches in self._flow.steps(self._deal(self.epoch, self.taken)):
             self._before = self.state()
             self.epoch, self.taken = epoch, taken
-            self.skipped += sum(len(batch.skipped) for batch in batches)
+            self.skipped += say_skipped(batches, self.skipped)
             yield batches
 
     def first(self) -> list[Batch]:
@@ -130,6 +132,14 @@ class Feed:
                 ]
                 yield Dealt((epoch, taken), epoch, micros)
             epoch, taken = epoch + 1, 0
+
+
+def say_skipped(batches: list[Batch], before: int) -> int:
+    """How many rows of a step have a picture that cannot be read; the first ones of a run are named."""
+    found = [reason for batch in batches for reason in batch.skipped]
+    for reason in found[: max(0, SHOWN - before)]:
+        log.warning("not learned: %s", reason)
+    return len(found)
 
 
 def shares(count: int, accumulation: int, dp_rank: int, dp_size: int) -> list[slice]:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ class Raw:
     """Line (jsonl, txt: the first one), element (json) or record (csv, parquet), from 1 on."""
     place: int
     """Where it begins: a byte (jsonl, json, txt) or the number of rows before it."""
-    after: int
-    """The place to go on from, with `next_number`."""
-    next_number: int
     value: Any
+    cut: bool = False
+    """Whether it goes on in the next row: a txt document beyond LONGEST_TEXT."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,11 @@ def parse(raw: Raw) -> Any:
 
 
 def sniff(path: Path) -> str:
-    """The format of a file: by its suffix; a .json whose first sign is { has a value per line."""
+    """The format of a file: by its suffix; a .json that is no list, nor a mapping with one, has a value per line."""
     kind = kind_of(path)
     if kind == "json":
-        with path.open("rb") as file:
-            head = file.read(4096).removeprefix(_BOM).lstrip()
-        if head[:1] == b"{":
-            return "jsonl"
-        if head and head[:1] != b"[":
-            raise ValueError(
-                f"{path}: begins with {head[:20]!r}, expected a JSON list, or a mapping per line; convert it"
-            )
+        state = path.stat()
+        return "json" if _layout(path, state.st_size, state.st_mtime_ns)[0] is not None else "jsonl"
     return kind
 
 
@@ -92,7 +86,7 @@ def _jsonl(path: Path, span: Span) -> Iterator[Raw]:
     for number, place, line in _lines(path, span):
         value = (line.removeprefix(_BOM) if place == 0 else line).strip()
         if value:
-            yield Raw(number, place, place + len(line), number + 1, value)
+            yield Raw(number, place, value)
 
 
 def _lines(path: Path, span: Span) -> Iterator[tuple[int, int, bytes]]:
@@ -118,10 +112,10 @@ def _txt(path: Path, span: Span) -> Iterator[Raw]:
             held.append(words)
             size += len(line)
         if held and (not words.strip() or size >= LONGEST_TEXT):
-            yield Raw(first, begin, place + len(line), number + 1, _document(held))
+            yield Raw(first, begin, _document(held), cut=bool(words.strip()))
             held = []
     if held:
-        yield Raw(first, begin, place + len(line), number + 1, _document(held))
+        yield Raw(first, begin, _document(held))
 
 
 def _document(lines: list[bytes]) -> Any:
@@ -134,50 +128,95 @@ def _document(lines: list[bytes]) -> Any:
 
 def _json(path: Path, span: Span) -> Iterator[Raw]:
     """The elements of a list, found by their brackets; none but the one at hand is in memory."""
-    if path.stat().st_size == 0:
+    state = path.stat()
+    first, alone = _layout(path, state.st_size, state.st_mtime_ns)
+    if not first:  # nothing but blanks
         return
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    number, place = span.number, span.begin or data.find(b"[") + 1
-    if place == 0:  # nothing but blanks
-        return
-    for begin, end, after in _elements(path, data, place, number):
+    data, number = _map(path), span.number
+    for begin, end in _elements(path, data, span.begin or first, number, alone=alone):
         if span.end is not None and begin >= span.end:
             return
         value = data[begin:end].strip()
         if value:
-            yield Raw(number, begin, after, number + 1, value)
+            yield Raw(number, begin, value)
         elif number > 1 or data[end : end + 1] == b",":
-            yield Raw(number, begin, after, number + 1, Bad("is no JSON (nothing stands there)"))
+            yield Raw(number, begin, Bad("is no JSON (nothing stands there)"))
         number += 1
 
 
 _SIGNS = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
+_NO_BLANK = re.compile(rb"\S")
+_OF_A_ROW = re.compile(rb'"(conversations|messages)"\s*:\s*$')
 
 
-def _elements(path: Path, data: mmap.mmap, place: int, number: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, begin of the next) of each element of the list that `place` is in, at its beginning."""
-    begin, depth, in_string = place, 1, False
+def _signs(data: mmap.mmap, place: int) -> Iterator[tuple[int, bytes]]:
+    """(place, sign) of every bracket, brace and comma outside of strings, from a place that is in none."""
+    in_string = False
     for match in _SIGNS.finditer(data, place):
         sign = match[0]
         if sign == b'"':
             in_string = not in_string
-        elif in_string or len(sign) > 1:
+        elif not in_string and len(sign) == 1:
+            yield match.start(), sign
+
+
+def _elements(path: Path, data: mmap.mmap, place: int, number: int, *, alone: bool) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each element of the list that `place` is in, at its beginning.
+
+    alone: nothing may stand behind the list.
+    """
+    begin, depth = place, 1
+    for at, sign in _signs(data, place):
+        depth += (sign in b"[{") - (sign in b"]}")
+        if depth > 1 or (depth == 1 and sign != b","):
             continue
-        elif sign in b"[{":
-            depth += 1
-        elif sign in b"]}":
-            depth -= 1
-            if depth == 0:
-                yield begin, match.start(), match.end()
-                rest = data[match.end() : match.end() + 64].strip()
-                if rest:
-                    raise ValueError(f"{path}: goes on with {rest[:20]!r} behind its list; mend or convert the file")
-                return
-        elif depth == 1:
-            yield begin, match.start(), match.end()
-            begin, number = match.end(), number + 1
+        yield begin, at
+        begin, number = at + 1, number + 1
+        if depth == 0:
+            rest = _NO_BLANK.search(data, at + 1) if alone else None
+            if rest:
+                more = data[rest.start() : rest.start() + 20]
+                raise ValueError(f"{path}: goes on with {more!r} behind its list; mend or convert the file")
+            return
     raise ValueError(f"{path}: row {number}: the list has no end, so the file is cut short or its JSON broken; mend it")
+
+
+@lru_cache(maxsize=256)
+def _layout(path: Path, size: int, changed: int) -> tuple[int | None, bool]:
+    """(where the first element of a JSON file's list begins, whether nothing else is there): of a list, or of the one
+    list in a mapping. 0: nothing but blanks; None: no such list, so a value per line."""
+    if not size:
+        return 0, True
+    data = _map(path)
+    start = _NO_BLANK.search(data, len(_BOM) if data[: len(_BOM)] == _BOM else 0)
+    if start is None:
+        return 0, True
+    if start[0] == b"[":
+        return start.end(), True
+    if start[0] != b"{":
+        head = data[start.start() : start.start() + 20]
+        raise ValueError(f"{path}: begins with {head!r}, expected a JSON list, or a mapping per line; convert it")
+    lists, depth = [], 0
+    for at, sign in _signs(data, start.start()):
+        depth += (sign in b"[{") - (sign in b"]}")
+        if depth == 2 and sign == b"[" and _holds_rows(data, at):
+            lists.append(at + 1)
+        if not depth:
+            whole = _NO_BLANK.search(data, at + 1) is None
+            return (lists[0] if whole and len(lists) == 1 else None), False
+    return None, False
+
+
+def _holds_rows(data: mmap.mmap, at: int) -> bool:
+    """Whether a list in a mapping has mappings in it, and is none that a row itself has."""
+    inside = _NO_BLANK.search(data, at + 1)
+    return inside is not None and inside[0] == b"{" and not _OF_A_ROW.search(data[max(0, at - 64) : at])
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The bytes of a file that is not empty."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _csv(path: Path, span: Span) -> Iterator[Raw]:
@@ -206,7 +245,7 @@ def _csv(path: Path, span: Span) -> Iterator[Raw]:
             if not values:
                 continue
             if index >= span.begin:
-                yield Raw(index + 1, index, index + 1, index + 2, record)
+                yield Raw(index + 1, index, record)
             index += 1
 
 
@@ -239,7 +278,7 @@ def _parquet(path: Path, span: Span) -> Iterator[Raw]:
                 for batch in file.iter_batches(batch_size=256, row_groups=[group]):
                     for record in batch.to_pylist() if index + len(batch) > span.begin else [None] * len(batch):
                         if index >= span.begin and (span.end is None or index < span.end):
-                            yield Raw(index + 1, index, index + 1, index + 2, record)
+                            yield Raw(index + 1, index, record)
                         index += 1
             first = last
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ Must not know training; the file that is written is one that a corpus maps as it
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from accessory.data.feed.build import open_inputs, processes, stretches
 from accessory.data.feed.pack import best_fit
-from accessory.data.feed.sources import FeedConfig, Source
+from accessory.data.feed.sources import FeedConfig, read_sources
 from accessory.data.feed.store import StoreWriter
 from accessory.data.feed.tokenise import Tokenised, Tokeniser, remedy
 from accessory.data.feed.workers import Workers
@@ -27,6 +28,7 @@ from accessory.data.tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
 
+UNCUT = 1 << 40  # tokens; no document has so many
 WINDOW = 16384  # documents among which those that share a row are sought
 
 
@@ -38,6 +40,7 @@ class PackJob:
     tokenizer_path: str
     output: str
     max_len: int = 2048
+    """0: no document is ever cut, and each is a row of its own."""
     column: str | None = None
     workers: int | None = None
     on_bad_row: str = "error"
@@ -54,13 +57,15 @@ def write_packed(job: PackJob) -> Counter[str]:
     target = Path(job.output)
     if target.exists():
         raise ValueError(f"output: {target} is there already, and nothing is replaced; name another folder")
+    if job.max_len < 0 or job.max_len == 1:
+        raise ValueError(f"max_len: got {job.max_len}, expected at least 2, or 0 for documents of any length")
     tokenizer = open_tokenizer(job.tokenizer_path)
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.parent / f".{target.name}.{secrets.token_hex(4)}.{os.getpid()}"
     config = FeedConfig(
-        sources=tuple(Source(path) for path in job.inputs),
+        sources=tuple(read_sources(job.inputs)),
         stage="pt",
-        cutoff_len=job.max_len,
+        cutoff_len=job.max_len or UNCUT,
         on_bad_row=job.on_bad_row,
         column=job.column,
         workers=job.workers,
@@ -70,7 +75,7 @@ def write_packed(job: PackJob) -> Counter[str]:
         inputs, stores = open_inputs(config, tokenizer)
         if stores:
             raise ValueError(f"input: {stores[0].path} is packed already; name the text it was made of")
-        writer = _Writer(building / "files", job, {"tokenizer": tokenizer.digest, "max_len": str(job.max_len)})
+        writer = _Writer(building / "files", job, {"tokenizer": tokenizer.digest})
         size = sum(file.survey.size for file in inputs.files)
         with Workers(Tokeniser, (replace(config, sources=()), tokenizer), processes(config, size)) as workers:
             bar = tqdm(total=len(list(stretches(inputs))), desc="packing", unit="part", disable=None)
@@ -85,6 +90,10 @@ def write_packed(job: PackJob) -> Counter[str]:
             bar.close()
         counts = writer.finish()
         os.rename(building / "files", target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"output: {target.parent}: {error.strerror}; free space or name another folder") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return counts
@@ -99,6 +108,7 @@ class _Writer:
         self._held: list[np.ndarray] = []
         self._store: StoreWriter | None = None
         self._files = self._ids = self._documents = 0
+        self._longest = job.max_len
 
     def add(self, done: Tokenised) -> None:
         """Take the pieces of a stretch."""
@@ -124,7 +134,9 @@ class _Writer:
 
     def _write(self, pieces: list[np.ndarray]) -> None:
         """Fill rows with the pieces of a window."""
-        for places in best_fit([len(piece) for piece in pieces], self.job.max_len):
+        lengths = [len(piece) for piece in pieces]
+        self._longest = max(self._longest, *lengths)
+        for places in best_fit(lengths, self.job.max_len) if self.job.max_len else [[at] for at in range(len(pieces))]:
             if self._store is None:
                 self._store = StoreWriter(self.folder / f"part-{self._files:05d}")
                 self._ids = self._documents = 0
@@ -143,14 +155,16 @@ class _Writer:
     def _close(self) -> None:
         """Finish a file."""
         if self._store is not None:
-            self._store.finish(self.folder / f"part-{self._files:05d}.packed", self.metadata)
+            metadata = {**self.metadata, "max_len": str(self._longest)}
+            self._store.finish(self.folder / f"part-{self._files:05d}.packed", metadata)
             self._store, self._files = None, self._files + 1
 
 
 def told(counts: Counter[str], max_len: int) -> Iterator[str]:
     """What was written, in words."""
     tokens, rows = counts["positions"], counts["rows"]
-    yield f"{counts['read']} documents, {tokens} tokens in {rows} rows of {max_len}, {tokens / rows / max_len:.1%} full"
+    full = f" of {max_len}, {tokens / rows / max_len:.1%} full" if max_len else ""
+    yield f"{counts['read']} documents, {tokens} tokens in {rows} rows{full}"
     for name in ("documents_cut", "without_labels", "bad"):
         if counts[name]:
             yield f"{counts[name]} {name.replace('_', ' ')}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ class Eye:
     """Reads pictures. One that cannot be read is blank under on_bad_row skip, else a ValueError that names its row."""
 
     def __init__(self, config: FeedConfig) -> None:
-        torch.set_num_threads(1)
+        if parent_process() is not None:  # a worker; the run's own process keeps its threads
+            torch.set_num_threads(1)
         self.size, self.skips = config.image_size, config.on_bad_row == "skip"
         name = config.image_transform or "resized_center_crop"
         self.apply = transform(name, size=config.image_size, mean=config.mean, std=config.std)

@@ -62,17 +62,24 @@ def to_sample(row: Any, source: Source, *, seed: int, number: int) -> Sample:
     pictures = _pictures(row)
     if source.preprocess == "caption":
         turns, pictures = _caption(row, random.Random(f"{seed} {number}"))
-    elif "conversations" in row or "messages" in row:
-        turns, more = _dialog(row, notes, first_only=source.preprocess == "single_turn_llava")
-        pictures += more
+    elif row.get("conversations") is not None or row.get("messages") is not None:
+        turns, listed = _dialog(row, notes)
+        if listed:
+            pictures = _joined(listed, pictures)
     elif source.preprocess is not None:
         raise ValueError(f"got the fields {_fields(row)}, expected conversations for {source.preprocess}")
-    elif "instruction" in row or "output" in row:
+    elif row.get("instruction") is not None or row.get("output") is not None:
         turns = _alpaca(row)
     else:
         remedy = "set stage to pt for plain text" if set(TEXTS) & set(row) else "rename its fields"
         raise ValueError(f"got the fields {_fields(row)}, expected instruction and output, or conversations; {remedy}")
-    return Sample(_placed(turns, pictures, notes), pictures, notes)
+    turns = _placed(turns, pictures, notes)
+    if source.preprocess == "single_turn_llava":
+        first = 3 if turns[0].role == "system" else 2
+        notes["turns_left_out"] += len(turns[first:])
+        turns = turns[:first]
+        pictures = pictures[: sum(turn.pictures for turn in turns)]
+    return Sample(turns, pictures, notes)
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Turn]:
@@ -89,16 +96,16 @@ def _alpaca(row: Mapping[str, Any]) -> list[Turn]:
     return [*turns, question, Turn("assistant", _said(_text(row, "output"), "output"))]
 
 
-def _dialog(row: Mapping[str, Any], notes: Counter[str], *, first_only: bool) -> tuple[list[Turn], list[str]]:
-    """Turns under from and value, or role and content, and pictures that stand inside of them.
+def _dialog(row: Mapping[str, Any], notes: Counter[str]) -> tuple[list[Turn], list[str | None]]:
+    """Turns under from and value, or role and content, and pictures that stand inside of them; None: one of the row's.
 
     What cannot be learned is left out and counted: an answer before any question, a question without an answer.
     """
-    key = "conversations" if "conversations" in row else "messages"
+    key = "conversations" if row.get("conversations") is not None else "messages"
     said = row[key]
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
         raise ValueError(f"{key}: got {said!r:.60}, expected a list of turns")
-    turns, pictures = _system(row), []
+    turns, pictures = _system(row), list[str | None]()
     for entry in said:
         turn, more = _turn(entry)
         if turn.role == "system" and turns and turns[0].role == "system" and len(turns) == 1:
@@ -114,7 +121,6 @@ def _dialog(row: Mapping[str, Any], notes: Counter[str], *, first_only: bool) ->
         if rest[-1].pictures or (_marks(rest[-1]) and _pictures(row)):
             raise ValueError("conversations: got a picture in a last question, expected its answer; add it")
         del rest[-1]
-    rest = rest[:2] if first_only else rest
     notes["turns_left_out"] += before - len(rest)
     if not rest:
         raise ValueError("conversations: got no question with an answer, expected at least one")
@@ -124,7 +130,7 @@ def _dialog(row: Mapping[str, Any], notes: Counter[str], *, first_only: bool) ->
     return [*opening, *rest], pictures
 
 
-def _turn(entry: Any) -> tuple[Turn, list[str]]:
+def _turn(entry: Any) -> tuple[Turn, list[str | None]]:
     """One turn and the pictures that its content lists."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"conversations: got the turn {entry!r:.60}, expected a mapping")
@@ -133,7 +139,7 @@ def _turn(entry: Any) -> tuple[Turn, list[str]]:
     if role is None:
         raise ValueError(f"conversations: got a turn of {who!r:.40}; {nearest(str(who), ROLES)}")
     text = entry.get("value", entry.get("content"))
-    pictures: list[str] = []
+    pictures: list[str | None] = []
     if isinstance(text, Sequence) and not isinstance(text, str):
         text, pictures = _parts(text)
     if not isinstance(text, str):
@@ -141,9 +147,9 @@ def _turn(entry: Any) -> tuple[Turn, list[str]]:
     return Turn(role, text, pictures=len(pictures)), pictures
 
 
-def _parts(parts: Sequence[Any]) -> tuple[str, list[str]]:
-    """The text of OpenAI's list of content parts, and the pictures' paths."""
-    text, pictures = "", []
+def _parts(parts: Sequence[Any]) -> tuple[str, list[str | None]]:
+    """The text of OpenAI's list of content parts, and the pictures' paths; None where a part has none."""
+    text, pictures = "", list[str | None]()
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
@@ -151,10 +157,21 @@ def _parts(parts: Sequence[Any]) -> tuple[str, list[str]]:
         elif kind in ("image", "image_url"):
             path = part.get(kind) or part.get("path") or part.get("url")
             path = path.get("url") if isinstance(path, Mapping) else path
-            pictures.append(_path(path))
+            pictures.append(None if path is None else _path(path))
         else:
             raise ValueError(f"content: got the part {part!r:.60}, expected one of type text or image")
     return text, pictures
+
+
+def _joined(listed: list[str | None], given: list[str]) -> list[str]:
+    """The pictures of content parts, those without a path from the row's list, in order."""
+    open_ = listed.count(None)
+    if open_ != len(given):
+        raise ValueError(
+            f"got {len(given)} pictures under image for {open_} content parts without a path, expected one for each"
+        )
+    rest = iter(given)
+    return [next(rest) if path is None else path for path in listed]
 
 
 def _caption(row: Mapping[str, Any], dice: random.Random) -> tuple[list[Turn], list[str]]:
@@ -175,12 +192,7 @@ def _placed(turns: list[Turn], pictures: list[str], notes: Counter[str]) -> list
 
     In a row without pictures a place is text like any other, and counted.
     """
-    listed = sum(turn.pictures for turn in turns)
-    if listed:
-        if listed != len(pictures):
-            raise ValueError(
-                f"got pictures both in a turn's content and under image, {len(pictures)} in all; drop some"
-            )
+    if any(turn.pictures for turn in turns):  # content parts
         return turns
     marks = sum(_marks(turn) for turn in turns if turn.role == "user")
     if not pictures:

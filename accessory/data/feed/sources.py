@@ -113,14 +113,23 @@ def read_sources(datasets: Sequence[str], *, root: str | None = None) -> list[So
 
 
 def files_of(source: Source) -> list[Path]:
-    """The data files of a source, a folder's in the order of their paths. OSError or ValueError for none."""
+    """The data files of a source, a folder's in the order of their paths, hidden ones left out.
+
+    OSError or ValueError for none.
+    """
     path = Path(source.path)
     if not path.exists():
         raise FileNotFoundError(f"dataset: {path}: no such file or folder; check the path, or set what it begins with")
     if not path.is_dir():
         kind_of(path)
         return [path]
-    inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in KINDS and file.is_file()]
+    inside = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in KINDS
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
     if not inside:
         raise ValueError(f"dataset: {path}: holds no {' '.join(KINDS)} file; name another folder, or a file")
     return inside

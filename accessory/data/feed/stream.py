@@ -21,7 +21,7 @@ import torch
 
 from accessory.data.feed.batches import Batch
 from accessory.data.feed.corpus import Row
-from accessory.data.feed.deal import shares
+from accessory.data.feed.deal import SHOWN, say_skipped, shares
 from accessory.data.feed.files import Raw, Span, read_rows, sniff
 from accessory.data.feed.flow import Dealt, Flow
 from accessory.data.feed.pack import best_fit
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 WINDOW = 1024  # rows that are tokenised and packed together
 SLICE = 64  # rows that a worker is given at once
 ENDS = 1 << 16  # bytes at both ends of a file that enter its fingerprint
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Stream:
     def __iter__(self) -> Iterator[list[Batch]]:
         for at, batches in self._flow.steps(self._deal(self._at)):
             self._last, self._at = self._at, at
-            self.skipped += sum(len(batch.skipped) for batch in batches)
+            self.skipped += say_skipped(batches, self.skipped)
             yield batches
 
     def first(self) -> list[Batch]:

@@ -20,7 +20,7 @@ from accessory.data.feed.store import open_store
 
 STRETCH = 1 << 20  # bytes of a stretch, about
 ROWS = 2048  # rows of a stretch, about, where places count rows
-VERSION = 1
+VERSION = 2
 _EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
 _SETTLED = 2.0  # seconds after which a file system surely tells two changes apart
 
@@ -46,7 +46,8 @@ def survey(path: Path, memory: Path | None) -> Survey:
     Raises OSError or ValueError for a file that is not what its suffix says.
     """
     state = path.stat()
-    note = None if memory is None else memory / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    note = None if memory is None else memory / f"{name}.survey"
     known = _remembered(note, path, state) if note is not None else None
     if known is not None:
         return known
@@ -55,7 +56,7 @@ def survey(path: Path, memory: Path | None) -> Survey:
     check_unchanged(path, state.st_size, state.st_mtime_ns)
     found = Survey(str(path), state.st_size, state.st_mtime_ns, sha256, kind, rows, tuple(spans))
     if note is not None and time.time() - state.st_mtime > _SETTLED:
-        _remember(note, found)
+        _remember(note, found, state)
     return found
 
 
@@ -89,22 +90,22 @@ def _jsonl(path: Path) -> tuple[str, int, list[Span]]:
 def _txt(path: Path) -> tuple[str, int, list[Span]]:
     """Stretches between empty lines."""
 
-    def end(data: bytes) -> int:
+    def end(data: bytearray) -> int:
         ends = [match.end() for match in _EMPTY_LINE.finditer(data)]
         return ends[-1] if ends else data.rfind(b"\n") + 1 if len(data) >= LONGEST_TEXT else 0
 
     return _cut(path, end)
 
 
-def _cut(path: Path, end: Callable[[bytes], int]) -> tuple[str, int, list[Span]]:
+def _cut(path: Path, end: Callable[[bytearray], int]) -> tuple[str, int, list[Span]]:
     """SHA-256, lines and stretches; `end` says how much of the bytes so far is whole rows."""
-    total, spans, held = hashlib.sha256(), [], b""
+    total, spans, held = hashlib.sha256(), [], bytearray()
     begin, number = 0, 1
     with path.open("rb") as file:
         for block in _blocks(file):
             total.update(block)
             held += block
-            whole = end(held) if len(held) >= STRETCH else 0
+            whole = end(held) if len(held) >= STRETCH and b"\n" in block else 0
             if whole:
                 spans.append(Span(begin, number, begin + whole))
                 number += held.count(b"\n", 0, whole)
@@ -172,8 +173,8 @@ def _remembered(note: Path, path: Path, state: os.stat_result) -> Survey | None:
     """What an earlier look at the same file found."""
     try:
         told: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        known = (told.pop("version"), told["size"], told["changed"])
-        if known != (VERSION, state.st_size, state.st_mtime_ns):
+        known = (told.pop("version"), told["size"], told["changed"], told.pop("touched"))
+        if known != (VERSION, state.st_size, state.st_mtime_ns, state.st_ctime_ns):
             return None
         told |= {"path": str(path), "spans": tuple(Span(**span) for span in told["spans"])}
         return Survey(**told)
@@ -181,9 +182,14 @@ def _remembered(note: Path, path: Path, state: os.stat_result) -> Survey | None:
         return None
 
 
-def _remember(note: Path, found: Survey) -> None:
-    """Write a note for the next look, whole or not at all."""
+def _remember(note: Path, found: Survey, state: os.stat_result) -> None:
+    """Write a note for the next look, whole or not at all.
+
+    Tools can set the time of change as they like; the inode's own time (ctime) tells.
+    """
     note.parent.mkdir(parents=True, exist_ok=True)
     temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"version": VERSION, **asdict(found)}), encoding="utf-8")
+    temporary.write_text(
+        json.dumps({"version": VERSION, "touched": state.st_ctime_ns, **asdict(found)}), encoding="utf-8"
+    )
     os.replace(temporary, note)

@@ -74,6 +74,8 @@ class Tokenised:
     refused: list[tuple[int, str, str]] = field(default_factory=list)
     """(row number, kind, reason), the first ones."""
     missing: list[str] = field(default_factory=list)
+    tails: bytes = b""
+    """Names of the pictures without their folders."""
     stopped: tuple[int, str, str] | None = None
     """The row at which it stopped, as the config asks."""
 
@@ -97,6 +99,7 @@ class Tokeniser:
         if isinstance(value, Bad):
             yield Refused("bad", value.reason)
             return
+        counts["documents_cut"] += raw.cut
         try:
             if self.config.stage == "pt":
                 yield from self.document(to_text(value, self.config.column), counts)
@@ -209,6 +212,7 @@ class _Rows:
         self.table: list[tuple[int, int, int, int, int]] = []  # length, targets, number, place, pictures
         self.slots: list[int] = []
         self.names: list[bytes] = []
+        self.tails: list[bytes] = []
         self.done = Tokenised({}, Counter())
 
     def add(self, tokens: Tokens, raw: Raw) -> None:
@@ -220,6 +224,7 @@ class _Rows:
         self.table.append((length, targets, raw.number, raw.place, len(tokens.pictures)))
         self.slots += tokens.slots
         self.names += [os.fsencode(name) for name in tokens.pictures]
+        self.tails += [os.fsencode(os.path.basename(name)) for name in tokens.pictures]
         counts = self.done.counts
         counts["used"] += 1
         counts["positions"] += length
@@ -230,6 +235,7 @@ class _Rows:
         """Make the arrays."""
         table = np.asarray(self.table, np.int64).reshape(-1, 5)
         none = np.zeros(0, np.uint8)
+        self.done.tails = b"\0".join([*self.tails, b""])
         self.done.arrays = {
             "ids": np.concatenate(self.ids) if self.ids else none.astype(self.dtype),
             **({"learn": np.concatenate(self.learn)} if self.learn else {}),
