@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from train_runs import ROOT, command, curve, defaults, drawings, environment, log_of, sums, train
+from trainee_toys import TOWER
 
 
 def last_line(text: str) -> str:
@@ -208,6 +210,41 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     finally:
         first.kill()
         first.communicate()
+
+
+def test_final_weights_are_written_where_the_last_checkpoint_finds_no_room(tmp_path: Path) -> None:
+    settings = {"dataset": sums(tmp_path), "output_dir": tmp_path / "run", "max_steps": 1, "cutoff_len": 64}
+    done = subprocess.run(
+        command(**defaults(tmp_path), **settings),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000)),
+    )
+    assert done.returncode == 1 and "checkpoint-1" in last_line(done.stderr), done.stderr
+    assert (tmp_path / "run" / "manifest.json").exists() and not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+def test_the_log_has_the_learning_rates_of_the_parts_that_train(tmp_path: Path) -> None:
+    rates = {"finetuning_type": "frozen", "train_projector": "full", "projector_lr": 3e-3, "vision_lr": 1e-4}
+    common = {"dataset": drawings(tmp_path, 4), "max_steps": 1, "save_steps": 0, "cutoff_len": 64}
+    train(tmp_path, output_dir=tmp_path / "run", train_vision="full", **rates, **common)
+    (line,) = log_of(tmp_path / "run")
+    assert (line["lr"], line["lr_vision"]) == (3e-3, 1e-4)
+
+
+def test_a_tower_that_is_in_no_folder_and_not_trained_is_refused(tmp_path: Path) -> None:
+    weights = {"output_dir": tmp_path / "text", "train_from_scratch": "true", "save_steps": 0, "max_steps": 1}
+    tokenizer = ROOT / "accessory" / "tiny" / "tokenizer.model"
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 256}
+    eyes = {"kind": "qformer", "image_size": 16, "tower_args": TOWER, "queries": 2, "hidden": 32, "layers": 1}
+    (tmp_path / "llm.json").write_text(json.dumps(sizes))
+    (tmp_path / "eyes.json").write_text(json.dumps({"vision": {**eyes, "heads": 2, "intermediate": 64}}))
+    train(tmp_path, llama_config=tmp_path / "llm.json", dataset=sums(tmp_path), tokenizer_path=tokenizer, **weights)
+    sees = {"model_name_or_path": tmp_path / "text", "llama_type": "llama_qformerv2"}
+    sees |= {"llama_config": tmp_path / "eyes.json", "dataset": drawings(tmp_path, 2)}
+    said = refused(tmp_path, output_dir=tmp_path / "run", finetuning_type="frozen", train_projector="full", **sees)
+    assert "tensors of the vision part that are not trained either (vision.tower." in said
 
 
 def test_a_dry_run_prints_parts_memory_and_steps_and_leaves_nothing(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def answers(folder: Path, asked: list[Question]) -> list[Question]:
 
 def judge(ranks: Ranks, folder: Path, asked: list[Question], options: dict[str, Any]) -> Any:
     """One validation, that a second one agrees with; dp rank 1 has one micro-batch fewer."""
-    trainee, bundle = train_on(folder, ranks, Settings(**options))
+    trainee, bundle = train_on(folder, ranks, Settings(**options), pictures="train_projector" in options)
     mine = MICROS[ranks.dp_rank :: ranks.dp_size]
     validation = Validation(
         trainee, bundle, ranks, batches=mine, questions=asked, zero=options.get("zero", 2), max_new_tokens=6

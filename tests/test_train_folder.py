@@ -418,10 +418,18 @@ def test_facts_that_would_make_another_run_are_refused(name, value, words):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("betas", [0.9, 0.99]), ("learning_rate", 1e-4), ("weight_decay", 0.1), ("global_batch", 32), ("total_steps", 9)],
+    [
+        ("betas", [0.9, 0.99]),
+        ("learning_rate", 1e-4),
+        ("weight_decay", 0.1),
+        ("global_batch", 32),
+        ("total_steps", 9),
+        ("base", ["other"]),
+        ("lora", {"alpha": 16.0}),
+    ],
 )
 def test_where_the_config_counts_both_values_are_logged(caplog, name, value):
-    saved = {"learning_rate": 5e-5, "weight_decay": 0.0, **FACTS}
+    saved = {"learning_rate": 5e-5, "weight_decay": 0.0, "base": ["one"], "lora": {"alpha": 8.0}, **FACTS}
     check_facts(saved, {**saved, name: value})
     assert f"{name}: the checkpoint was written with {saved[name]}, from here on the config's {value}" in caplog.text
 

@@ -6,6 +6,7 @@ Must not know files; a run as a whole is tested from the command line.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def batch(step: int, *, spoiled: bool = False) -> Batch:
 
 
 class Spoiler:
-    """A trainee whose loss and gradients are NaN for batches that are marked so."""
+    """A trainee whose loss and gradients are NaN for batches that are marked so, or that finds no memory."""
+
+    full = False
 
     def __init__(self, trainee: Trainee, batches: list[Batch]) -> None:
         self._trainee, self._marks = trainee, {id(b.ids): "spoiled" in b.rows[0] for b in batches}
@@ -45,6 +48,8 @@ class Spoiler:
         return getattr(self._trainee, name)
 
     def forward_backward(self, tensors: dict[str, Any], *, scale: float, last: bool) -> torch.Tensor:
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more words")
         bad = self._marks.get(id(tensors["ids"]), False)
         return self._trainee.forward_backward(tensors, scale=float("nan") if bad else scale, last=last) * (
             float("nan") if bad else 1.0
@@ -120,6 +125,27 @@ def test_a_spoiled_step_before_a_checkpoint_is_found_before_the_checkpoint_is_wr
     with pytest.raises(ValueError, match="step 2"):
         loop.run()
     assert ("save", 2) not in calls
+
+
+def test_a_spoiled_step_before_validation_is_found_before_a_best_model_is_saved() -> None:
+    loop, calls = loop_over([batch(0), batch(1, spoiled=True), batch(2)], eval_every=2)
+    loop.late = True
+    with pytest.raises(ValueError, match="step 2"):
+        loop.run()
+    assert ("eval", 2) not in calls
+
+
+def test_masters_in_the_hosts_memory_are_judged_before_their_update() -> None:
+    alone, _ = loop_over([batch(0)])
+    there = replace(alone, ranks=replace(ONE, device=torch.device("cuda")))
+    assert not there.late, "found_inf would still be on its way from the GPU"
+
+
+def test_memory_that_runs_out_is_one_sentence_with_advice() -> None:
+    loop, _ = loop_over([batch(0)])
+    loop.trainee.full = True
+    with pytest.raises(ValueError, match=r"step 1: memory ran out \(CUDA .* 20.00 GiB\); lower per_device_train"):
+        loop.run()
 
 
 def spoiled_on_one_rank(ranks: Ranks) -> str:

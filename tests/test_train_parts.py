@@ -133,6 +133,12 @@ def test_a_part_that_would_train_nothing_is_refused(settings: dict[str, Any], wo
         chosen(**settings)
 
 
+def test_a_part_that_only_pictures_teach_is_refused_without_pictures() -> None:
+    for part in ("train_projector", "train_vision"):
+        with pytest.raises(ValueError, match=f"{part}: got full, but there is no picture in the data"):
+            chosen(kind="llama_qformerv2", config=SEES, **{part: "full"})
+
+
 def test_a_method_whose_parameters_were_not_built_is_refused() -> None:
     model = Llama(LlamaConfig(**SIZES))
     for kind in ("lora", "norm_bias", "adapter"):

@@ -136,6 +136,13 @@ def test_a_step_without_targets_is_safe() -> None:
     assert all((leaf.grad == 0).all() for leaf in trainee.masters.values())
 
 
+def test_text_alone_teaches_a_projector_nothing() -> None:
+    settings = {"finetuning_type": "frozen", "train_projector": "full"}
+    trainee = trainee_of(Case(config=SEES, pictures=True, settings=settings))
+    total = trainee.forward_backward(batches(Case(), 0, 0), scale=1.0, last=True)
+    assert total > 0 and trainee.clip(1.0) == 0
+
+
 def nothing_on_rank(ranks: Ranks, case: Case) -> list[float]:
     """Steps in which the second rank has no row, and one in which nobody has a target."""
     trainee = trainee_of(case, ranks)

@@ -204,7 +204,7 @@ class Validation:
         try:
             yield problem
         except (RuntimeError, MemoryError) as error:
-            if not _is_memory(error):
+            if not is_memory(error):
                 raise
             if not self._local:
                 raise ValueError(
@@ -216,6 +216,12 @@ class Validation:
             log.warning("validation ran out of memory in %s, training goes on: %s", what, str(error).splitlines()[0])
         if problem and self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory was all that was missing; CPUs say so in words alone."""
+    words = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _answers(engine: Engine, requests: Sequence[Request], questions: Sequence[Question]) -> list[Result | None]:
@@ -247,9 +253,3 @@ def _show(question: Question, result: Result | None, step: int) -> None:
     if result is not None:
         asked = question.turns[-1].text if question.turns else ""
         log.info("step %d: %.80r is answered %.120r, expected %.120r", step, asked, result.text, question.answer)
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether memory was all that was missing; CPUs say so in words alone."""
-    words = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -5,6 +5,7 @@ Must not know files, templates or which parameters there are; a step is a functi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from accessory.checkpoint.files import few
 from accessory.data.feed import Batch
 from accessory.dist import Ranks
 from accessory.train.agree import gather, total
+from accessory.train.evaluate import is_memory
 from accessory.train.trainee import Trainee, seed_step
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,9 @@ class Loop:
     _saved: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.late = self.ranks.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW)
+        # masters on the host: AdamW there would read `found_inf` before its copy from the GPU has arrived
+        away = any(parameter.is_cpu for group in self.optimizer.param_groups for parameter in group["params"])
+        self.late = self.ranks.device.type == "cuda" and isinstance(self.optimizer, torch.optim.AdamW) and not away
 
     def run(self) -> tuple[int, bool]:
         """The last finished step, and whether a signal ended the run before its last one."""
@@ -100,10 +104,12 @@ class Loop:
                 ],
                 group,
             )
-            stepped = self.step(step, batches, int(targets), int(tokens))
+            with _advice(step + 1):
+                stepped = self.step(step, batches, int(targets), int(tokens))
             step += 1
             self.on_step(stepped, self.lr(step - 1))
             if pace.eval_every and (step % pace.eval_every == 0 or step == pace.total):
+                self.settle()  # the best model so far is saved there
                 self.on_eval(step)
             if stop and step < pace.total:
                 self._save(step)
@@ -196,3 +202,19 @@ class Loop:
         self._saved = time.monotonic()
         self.settle()
         self.on_save(step)
+
+
+@contextlib.contextmanager
+def _advice(step: int) -> Iterator[None]:
+    """One sentence, with what to change, where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory(error):
+            raise
+        reason = (str(error) or "of this host").splitlines()[0]
+        raise ValueError(
+            f"step {step}: memory ran out ({reason:.200}); lower per_device_train_batch_size or cutoff_len, set"
+            " activation_checkpointing full, zero 3 or cpu_offload true, or cut the model over more ranks: dry_run true"
+            " says what each of them needs"
+        ) from error

@@ -29,6 +29,8 @@ RULES: dict[str, str | None] = {
     "data": "rows would be repeated or left out; give the same data and template, or begin anew",
     "seed": "the order of rows comes from it, so that some would be repeated or left out; give the same seed",
     "optimizer": "its state cannot become another's; give the same optim, or begin anew from the weights",
+    "base": None,
+    "lora": None,
     "global_batch": None,
     "total_steps": None,
     "learning_rate": None,

@@ -213,13 +213,18 @@ class Run:
         values: dict[str, Any] = {
             "loss": done.loss,
             "grad_norm": done.grad_norm,
-            "lr": self.settings.learning_rate * factor,
+            **{name: peak * factor for name, peak in self._rates().items()},
             "tokens": done.tokens,
             "pictures": done.pictures,
         }
         if self.feed.steps_per_epoch:
             values["epoch"] = round(done.step / self.feed.steps_per_epoch, 6)
         self.watch.log(done.step, values)
+
+    def _rates(self) -> dict[str, float]:
+        """Peak learning rates: `lr` of the first part that trains, lr_projector and lr_vision where they are others."""
+        first, *others = (part for part in self.parts if part.names)
+        return {"lr": first.lr, **{f"lr_{part.name}": part.lr for part in others if part.lr != first.lr}}
 
     def _evaluate(self, step: int) -> None:
         """Judge the model; the best step is kept beside the last ones."""
@@ -245,7 +250,6 @@ class Run:
         best = None if self.best.step is None else {"step": self.best.step, "loss": self.best.loss}
         facts = {
             **self._facts(),
-            "base": self.start.sources if self.trainee.frozen_pieces() or self.settings.quantization_bit else [],
             "feed": self.feed.state(),
             "trainee": self.trainee.state(),
             "watch": self.watch.state(),
@@ -258,6 +262,8 @@ class Run:
         settings = self.settings
         return {
             "data": self.data.fingerprint,
+            "base": self.start.sources if self.trainee.frozen_pieces() or settings.quantization_bit else [],
+            "lora": {"alpha": settings.lora_alpha, "rslora": settings.use_rslora, "dropout": settings.lora_dropout},
             "seed": settings.seed,
             "optimizer": settings.optim,
             "global_batch": settings.per_device_train_batch_size
@@ -274,7 +280,7 @@ class Run:
         }
 
     def _finish(self, step: int) -> None:
-        """The final weights and the results."""
+        """The final weights and the results, also where the last checkpoint, which is larger, found no room."""
         settings, start = self.settings, self.start
         pieces = self.trainee.pieces()
         if not settings.only_save_trainable:
@@ -286,9 +292,13 @@ class Run:
             dtype=dtype_from_name(name) if name else start.dtype,
             tied=start.spec.llama.tied,
         )
-        if settings.save_steps:
-            self._save(step)
-            self.saver.wait(final=True)
+        fault: OSError | None = None
+        try:
+            if settings.save_steps:
+                self._save(step)
+            self.saver.wait(final=bool(settings.save_steps))
+        except OSError as error:  # the same on all ranks
+            fault = error
         write_final(self.folder, pieces, form=form, papers=papers(start), ranks=self.ranks)
         results = self.watch.results()
         if self.ranks.rank == 0:
@@ -296,6 +306,8 @@ class Run:
             if self.judged:
                 write_results(self.folder, "eval", self.judged)
             log.info("%s: the trained model, after %d steps", self.folder, step)
+        if fault is not None:
+            raise fault
 
     @staticmethod
     def _prefixed(prefix: str, pieces: dict[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,10 @@ class Settings:
         for name in ("weight_decay", "max_grad_norm", "save_minutes", "val_size", "learning_rate"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed: got {self.seed}, expected 0 or more")
+        if self.use_rslora and self.lora_alpha is None:
+            raise ValueError("lora_alpha: missing beside use_rslora, which scales by alpha / sqrt(rank); give one")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs: got {self.num_train_epochs}, expected more than 0, or max_steps")
         if self.streaming and self.max_steps <= 0:

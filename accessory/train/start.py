@@ -110,7 +110,7 @@ def make_model(start: Start, settings: Settings, ranks: Ranks, *, pictures: bool
     parts = choose_parts(model, settings, pictures=pictures)
     absent = {name for name, _ in model.named_parameters()} - _keys(start.checkpoint)
     if start.checkpoint is not None:
-        _check_absent(absent, settings, start)
+        _check_absent(absent, settings, start, blind=parts.names if pictures else None)
         load(
             model,
             start.checkpoint,
@@ -167,13 +167,23 @@ def _with_peft(kind: str, settings: Settings) -> str:
     return kind
 
 
-def _check_absent(absent: Collection[str], settings: Settings, start: Start) -> None:
-    """ValueError where weights are missing that only training from scratch may draw."""
+def _check_absent(absent: Collection[str], settings: Settings, start: Start, *, blind: Collection[str] | None) -> None:
+    """ValueError where weights are missing that only training from scratch may draw.
+
+    blind: what is trained, where there are pictures: a vision part that is drawn and stays frozen would see nothing.
+    """
     if settings.train_from_scratch:
         return
     added = (".lora_a.", ".lora_b.", "prefix")
     lost = sorted(name for name in absent if not (any(mark in name for mark in added) or name.endswith(".bias")))
-    lost = [name for name in lost if not name.startswith("vision.")]
+    eyes = sorted(name for name in absent if name.startswith("vision."))
+    lost = [name for name in lost if name not in eyes]
+    if blind is not None and (random := [name for name in eyes if name not in blind]):
+        raise ValueError(
+            f"model_name_or_path: {', '.join(start.sources)} lack {len(random)} tensors of the vision part that are not"
+            f" trained either ({random[0]} ...), expected a folder that holds them; give it too, train them, or set"
+            " train_from_scratch true"
+        )
     if lost:
         raise ValueError(
             f"model_name_or_path: {', '.join(start.sources)} lack {len(lost)} tensors of the model ({lost[0]} ...),"
@@ -193,13 +203,13 @@ def _draw(
         meta = modules[owner]._parameters[leaf]
         dtype = torch.float32 if name in wide else start.dtype
         modules[owner]._parameters[leaf] = nn.Parameter(torch.empty(meta.shape, device=ranks.device, dtype=dtype))
-    added = [name for name in absent if name not in _own_names(model)]
+    own = _own_names(model)
     init_weights(model, seed=settings.seed, names=set(absent))
     init_peft(model, seed=settings.seed, names=set(absent))
     eyes = sorted(name for name in absent if name.startswith("vision."))
     if eyes:
         _draw_vision(model, eyes, settings)
-    scratch = len(absent) - len(added) - len(eyes)
+    scratch = len(own & set(absent))
     if scratch or eyes:
         log.warning(
             "drawn from seed %d: %d tensors of the decoder, %d of the vision part", settings.seed, scratch, len(eyes)
