@@ -208,7 +208,8 @@ def _add_outside(
         shape_a, shape_b = (rank, linear.in_features), (linear.out_features, rank)
         linear.lora_a = Factor(Cut(shape_a), device=device, dtype=dtype)
         linear.lora_b = Factor(Cut(shape_b), device=device, dtype=dtype)
-        linear.register_forward_hook(Beside(Lora(config.scale_of(rank), config.lora_dropout)))
+        linear.adapter = Lora(config.scale_of(rank), config.lora_dropout)  # where others look for its dropout
+        linear.register_forward_hook(Beside(linear.adapter))
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,18 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
         corpus(path, cache=tmp_path / "cache")
 
 
+def test_a_cache_that_nobody_opens_goes_when_the_next_one_is_made(tmp_path, built, caplog):
+    path, home = write_jsonl(tmp_path / "a.jsonl", [alpaca(1)]), tmp_path / "cache"
+    corpus(path, cache=home)
+    corpus(path, cache=home, cutoff_len=300)
+    for cache in built:
+        os.utime(cache, (0, 0))
+    corpus(path, cache=home, cutoff_len=300)  # opened
+    with caplog.at_level(logging.INFO):
+        corpus(path, cache=home, cutoff_len=310)
+    assert [cache.exists() for cache in built] == [False, True, True] and "is removed" in caplog.text
+
+
 def test_tokenising_does_not_need_torch(tmp_path):
     code = "import sys, accessory.data.feed.build, accessory.data.feed.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -178,6 +179,15 @@ def test_pictures_read_in_the_runs_own_process_leave_it_its_threads(tmp_path):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_was_gathered_goes_also_where_the_disk_takes_no_last_bytes(tmp_path):
+    writer = store.StoreWriter(tmp_path / "parts")
+    for name in ("ids", "starts"):
+        writer.append(name, np.zeros(1, np.int64))
+        os.close(writer._files[name].fileno())  # flushing fails, as on a full disk
+    writer.discard()
+    assert not (tmp_path / "parts").exists()
 
 
 def test_a_full_disk_names_the_setting_and_leaves_nothing(tmp_path, monkeypatch):

@@ -109,6 +109,18 @@ def test_a_run_at_tp_2_goes_on_at_dp_2_with_the_same_losses(trained: Path) -> No
     assert [line[1] for line in after[4:]] == pytest.approx([line[1] for line in before[4:]], abs=1e-5)
 
 
+def test_a_run_that_goes_on_with_a_larger_batch_takes_the_rows_that_are_left(tmp_path: Path) -> None:
+    common = {"dataset": sums(tmp_path, 12), "output_dir": tmp_path / "run", "cutoff_len": 64, "packing": "false"}
+    common |= {"save_steps": 4, "finetuning_type": "norm_bias"}
+    train(tmp_path, num_train_epochs=2, per_device_train_batch_size=2, **common)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    train(tmp_path, num_train_epochs=2, per_device_train_batch_size=4, **common)
+    lines = log_of(tmp_path / "run")
+    assert [line["epoch"] for line in lines[7:]] == pytest.approx([8 / 6, 10 / 6, 2.0], abs=1e-5)
+    said = refused(tmp_path, max_steps=3, **common)
+    assert "max_steps: got a run of 3 steps, beyond which the checkpoint of step 10 is" in said
+
+
 def test_a_signal_ends_the_run_with_a_checkpoint_and_the_code_that_says_resumable(tmp_path: Path) -> None:
     settings = {
         "dataset": sums(tmp_path),

@@ -121,6 +121,13 @@ def test_dropout_is_the_same_when_it_is_computed_again() -> None:
     assert dropped.losses[1] != pytest.approx(train(ONE, case.but(settings={"finetuning_type": "lora"})).losses[1])
 
 
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_dropout_in_the_tower_is_the_same_when_it_is_computed_again(checkpointing: str) -> None:
+    settings = {"finetuning_type": "lora", "train_vision": "lora", "lora_dropout": 0.3}
+    case = Case(config=SEES, settings=settings, pictures=True, steps=3)
+    compare([train(ONE, case.but(trainee={"checkpointing": checkpointing}))], [train(ONE, case)])
+
+
 def test_dropout_before_cut_outputs_is_the_same_on_tensor_parallel_ranks() -> None:
     settings = {"finetuning_type": "lora", "lora_dropout": 0.3, "lora_target": ["wq", "wv", "w1", "w3"]}
     check(Case(settings=settings, steps=5), 2, tp=2)

@@ -133,6 +133,15 @@ def test_a_part_that_would_train_nothing_is_refused(settings: dict[str, Any], wo
         chosen(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"use_rslora": True}, "lora_alpha: missing beside use_rslora"), ({"seed": -1}, "seed: got -1")],
+)
+def test_settings_that_would_do_nothing_or_make_no_sense_are_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Settings(**settings).check()
+
+
 def test_a_part_that_only_pictures_teach_is_refused_without_pictures() -> None:
     for part in ("train_projector", "train_vision"):
         with pytest.raises(ValueError, match=f"{part}: got full, but there is no picture in the data"):

@@ -162,6 +162,7 @@ class Run:
         if self.found is None:
             return 0
         facts = self.found.facts
+        self.total = self._reckoned(int(facts["step"]), facts["feed"])
         check_facts(facts, self._facts())
         restore(self.found.path, self._prefixed(MODEL, self.trainee.pieces()))
         self.trainee.refresh()
@@ -175,6 +176,19 @@ class Run:
         self.trainee.restore(facts["trainee"])
         self.feed.restore(facts["feed"])
         return int(facts["step"])
+
+    def _reckoned(self, step: int, place: dict[str, Any]) -> int:
+        """The steps of a run that goes on: with another batch the rows that are left make another number of them."""
+        total = self.total
+        if self.settings.max_steps <= 0:
+            taken = math.ceil(place.get("taken", 0) / self.feed.global_batch)
+            total += step - place.get("epoch", 0) * self.feed.steps_per_epoch - taken
+        if step > total:
+            raise ValueError(
+                f"max_steps: got a run of {total} steps, beyond which the checkpoint of step {step} is; raise max_steps"
+                " or num_train_epochs, or choose another output_dir"
+            )
+        return total
 
     def _judge(self) -> Validation | None:
         """Validation, where there is data for it."""
@@ -218,7 +232,7 @@ class Run:
             "pictures": done.pictures,
         }
         if self.feed.steps_per_epoch:
-            values["epoch"] = round(done.step / self.feed.steps_per_epoch, 6)
+            values["epoch"] = round(self.feed.epoch + self.feed.taken / self.feed.sequences, 6)
         self.watch.log(done.step, values)
 
     def _rates(self) -> dict[str, float]:

@@ -92,6 +92,10 @@ class Settings:
     """Most positions of a row; where it is not given, no more than the model's window."""
     packing: bool = True
     """Several rows share one sequence of cutoff_len, none of them seeing another."""
+    share_pictures: bool = False
+    """packing: rows about the same picture whose beginnings are equal share that picture in one sequence, behind which
+    each is a segment of its own. The loss is that of the rows alone, and the vision part runs once per sequence, not
+    once per row. For data with several questions on each picture; a random crop is then drawn once for all of them."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What happens to a row of more than cutoff_len positions; counted. Pictures and the stop token always stay."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -109,7 +113,7 @@ class Settings:
     dataloader_num_workers: int = 2
     """Processes that load pictures and make batches while training; 0: none."""
     cache_dir: str | None = None
-    """Where tokenised data is kept; none: below $XDG_CACHE_HOME or ~/.cache."""
+    """Where tokenised data is kept until no run opened it for 90 days; none: below $XDG_CACHE_HOME or ~/.cache."""
     image_transform: str | None = None
     """random_resized_crop, resized_center_crop or padded_resize; none: the model's own."""
 
@@ -225,6 +229,8 @@ class Settings:
             raise ValueError(f"num_train_epochs: got {self.num_train_epochs}, expected more than 0, or max_steps")
         if self.streaming and self.max_steps <= 0:
             raise ValueError("max_steps: missing, expected the number of steps, which streaming cannot know")
+        if self.share_pictures and (self.streaming or not self.packing):
+            raise ValueError("share_pictures: got true, expected packing true and streaming false; set them so")
         if self.val_size and self.eval_dataset:
             raise ValueError(f"val_size: got {self.val_size} with an eval_dataset, expected one of them; drop one")
         if self.streaming and self.val_size:

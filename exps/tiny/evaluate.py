@@ -20,15 +20,22 @@ from accessory import assemble, dist
 from accessory.engine import Engine, Request
 
 SEED = 2026  # never trained on
-ROWS = 64  # questions answered at once
+ROWS = 128  # questions answered at once
 # group -> (least, most) per cent of exact answers
-BARS = {"scene": (95.0, 100.0), "digit": (97.0, 100.0), "negative": (90.0, 100.0), "swapped": (0.0, 49.9)}
+BARS = {
+    "scene": (95.0, 100.0),
+    "digit": (97.0, 100.0),
+    "negative": (90.0, 100.0),
+    "swapped": (0.0, 49.9),
+    "parity": (90.0, 100.0),
+}
 TITLES = {
     "scene": "fresh drawn scenes",
     "digit": "held-out handwriting",
     "negative": "to be declined",
     "swapped": "scenes, pictures swapped",
     "other": "besides, under no bar",
+    "parity": "even or odd, finetuned",
 }
 
 
@@ -51,6 +58,8 @@ def report(cases: list[exam.Case], answers: list[str], *, mistakes: int) -> bool
             print(f"  {case.kind}: {case.question!r} -> {answer!r}, expected {case.answer!r}")
     passed = True
     for group, title in TITLES.items():
+        if not any(its == group for its, _ in right):
+            continue
         kinds = {kind: marks for (its, kind), marks in right.items() if its == group}
         marks = [mark for each in kinds.values() for mark in each]
         rate = 100 * sum(marks) / max(1, len(marks))
@@ -68,6 +77,7 @@ def main() -> int:
     """Open, ask, print; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description="Examines a tiny model; exit status 1 when it misses a bar.")
     parser.add_argument("--model", type=Path, default=assemble.TINY, help="folder (default: the model that ships)")
+    parser.add_argument("--tuned", type=Path, help="folder of what was finetuned on the new task on top of the model")
     parser.add_argument("--seed", type=int, default=SEED, help="of the exam")
     parser.add_argument("--mistakes", type=int, default=0, help="wrong answers to show")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -79,9 +89,16 @@ def main() -> int:
     ranks = dist.init(tp=1, device="cpu")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     bundle = assemble.open_model([args.model], ranks=ranks, dtype=dtype)
+    parities = exam.parities(args.seed) if args.tuned else []
     with Engine(bundle, ranks, rows=ROWS, window=128) as engine:
-        answers = ask(engine, cases)
-    passed = report(cases, answers, mistakes=args.mistakes)
+        answers = ask(engine, cases + parities)
+    passed = report(cases, answers[: len(cases)], mistakes=args.mistakes)
+    if args.tuned:
+        right = sum(answer == case.answer for answer, case in zip(answers[len(cases) :], parities, strict=True))
+        print(f"{'even or odd, before':<28}{len(parities):>6}{100 * right / len(parities):>8.1f} %")
+        bundle = assemble.open_model([args.model, args.tuned], ranks=ranks, dtype=dtype)
+        with Engine(bundle, ranks, rows=ROWS, window=128) as engine:
+            passed &= report(parities, ask(engine, parities), mistakes=args.mistakes)
     verdict = "all bars cleared" if passed else "MISSED"
     print(f"{args.model}, seed {args.seed}, {args.dtype}: {verdict}, {time.time() - started:.0f} s")
     return 0 if passed else 1

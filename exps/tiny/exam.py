@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import digits
+import parity
 import questions
 import unknown
 import words
@@ -115,6 +116,13 @@ def others(seed: int, *, per_kind: int = 100) -> list[Case]:
         question, answer = words.ask_chat(rng)
         cases.append(Case("other", "about itself", None, question, answer))
     return cases
+
+
+def parities(seed: int) -> list[Case]:
+    """The new task of the finetuning, about every held-out digit."""
+    rng = Random(f"{seed} exam parity")
+    hand = digits.handwriting(held_out=True)
+    return [Case("parity", "parity", digits.clean(ink, SIZE), *parity.ask(rng, digit)) for ink, digit in hand]
 
 
 def swapped(cases: list[Case]) -> list[Case]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import digits
@@ -22,9 +23,15 @@ SCENE, UNKNOWN, EMPTY = 10, 11, 12  # classes after the ten digits
 BLOCK = 500  # pictures drawn from one seed
 
 # Weights of the questions about a scene; what is harder to learn is asked more often.
-SCENE_MIX = {
-    "color": 6, "shape": 6, "size": 7, "count": 13, "exist": 9, "where": 12, "rel": 20, "side": 8, "caption": 9,
-    "list": 5, "absent": 9, "ambiguous": 5, "digit": 5, "off-topic": 4, "chat": 2,
+Mix = dict[str, int]
+SCENE_MIX: Mix = {
+    "color": 6, "shape": 6, "size": 7, "count": 13, "exist": 9, "where": 11, "rel": 24, "compare": 5, "side": 8,
+    "caption": 9, "list": 5, "absent": 9, "ambiguous": 5, "digit": 5, "off-topic": 4, "chat": 2,
+}  # fmt: skip
+# First looks: what is where, and which of two lies further to a side.
+LOOK_MIX: Mix = {
+    "color": 12, "shape": 12, "size": 8, "count": 7, "exist": 7, "where": 14, "far": 14, "compare": 8, "side": 9,
+    "caption": 12, "list": 5,
 }  # fmt: skip
 
 
@@ -42,28 +49,52 @@ class Pool:
     cells: np.ndarray
     places: np.ndarray
     scenes: list[Scene | None] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays, for `load`."""
+        folder.mkdir()
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+
+    @staticmethod
+    def load(folder: Path) -> Pool:
+        """What `save` wrote, without scenes and names."""
+        return Pool(*(np.load(folder / f"{name}.npy") for name in _ARRAYS))
 
     def where(self, *classes: int) -> list[int]:
         """Numbers of the pictures of these classes."""
         return [int(i) for i in np.flatnonzero(np.isin(self.classes, classes))]
 
 
-def build(seed: int, *, scenes: int, digit_pictures: int, unknowns: int, empties: int, processes: int = 2) -> Pool:
-    """Draw a pool; the counts are rounded up to whole blocks, and the result does not depend on `processes`."""
+def build(
+    seed: int,
+    *,
+    scenes: int,
+    digit_pictures: int,
+    unknowns: int,
+    empties: int,
+    processes: int = 2,
+    folder: Path | None = None,
+) -> Pool:
+    """Draw a pool; the result does not depend on `processes`. folder: where each picture becomes a PNG file."""
     wanted = (("scene", scenes), ("digit", digit_pictures), ("unknown", unknowns), ("empty", empties))
-    jobs = [(kind, f"{seed} {kind} {i}", min(BLOCK, n - i)) for kind, n in wanted for i in range(0, n, BLOCK)]
+    jobs = [
+        (kind, f"{seed} {kind} {i}", i, min(BLOCK, n - i), folder) for kind, n in wanted for i in range(0, n, BLOCK)
+    ]
     with ProcessPoolExecutor(processes) as workers:
         parts = list(workers.map(_draw_block, jobs))
     joined = [np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS]
-    return Pool(*joined, scenes=[scene for part in parts for scene in part.scenes])
+    scenes_drawn, names = ([entry for part in parts for entry in getattr(part, key)] for key in ("scenes", "names"))
+    return Pool(*joined, scenes=scenes_drawn, names=names)
 
 
 _ARRAYS = ("pixels", "classes", "patches", "cells", "places")
 
 
-def _draw_block(job: tuple[str, str, int]) -> Pool:
+def _draw_block(job: tuple[str, str, int, int, Path | None]) -> Pool:
     """Draw some pictures of one kind from one seed."""
-    kind, seed, count = job
+    kind, seed, first, count, folder = job
     rng = Random(seed)
     hand = digits.handwriting(held_out=False) if kind == "digit" else []
     pool = Pool(
@@ -86,8 +117,12 @@ def _draw_block(job: tuple[str, str, int]) -> Pool:
         else:
             image = unknown.draw_unknown(rng, size=SIDE) if kind == "unknown" else unknown.draw_empty(rng, size=SIDE)
             pool.classes[i] = UNKNOWN if kind == "unknown" else EMPTY
-        pool.pixels[i] = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        pool.pixels[i] = np.asarray(image)
         pool.scenes.append(scene)
+        pool.names.append(f"{kind}-{first + i:05d}")
+        if folder is not None:
+            image.save(folder / f"{pool.names[-1]}.png", compress_level=1)
     return pool
 
 
@@ -120,16 +155,23 @@ def _cell_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return labels.reshape(-1, 3), places.reshape(-1, 2)
 
 
-def questions_about(rng: Random, pool: Pool, picture: int) -> Iterator[tuple[str, str]]:
-    """Endless questions about one picture, with answers."""
+def questions_about(rng: Random, pool: Pool, picture: int, *, mix: Mix = SCENE_MIX) -> Iterator[tuple[str, str]]:
+    """Endless questions about one picture, with answers; of a scene in the proportions of `mix`."""
     kind = int(pool.classes[picture])
+    if kind == SCENE:
+        yield from questions_of(rng, pool.scenes[picture], mix=mix)
     while True:
-        if kind == SCENE:
-            asked = _about_scene(rng, pool.scenes[picture])
-        elif kind < SCENE:
+        if kind < SCENE:
             asked = _about_digit(rng, kind)
         else:
             asked = _about_other(rng, words.UNKNOWN if kind == UNKNOWN else words.EMPTY)
+        yield words.vary(rng, asked[0]), asked[1]
+
+
+def questions_of(rng: Random, scene: Scene, *, mix: Mix = SCENE_MIX) -> Iterator[tuple[str, str]]:
+    """Endless questions about one scene."""
+    while True:
+        asked = _about_scene(rng, scene, mix)
         if asked:
             yield words.vary(rng, asked[0]), asked[1]
 
@@ -137,9 +179,13 @@ def questions_about(rng: Random, pool: Pool, picture: int) -> Iterator[tuple[str
 def scene_questions(rng: Random) -> Iterator[tuple[str, str]]:
     """Endless questions, each about a scene of its own that nobody paints."""
     while True:
-        asked = _about_scene(rng, draw_scene(rng))
-        if asked:
-            yield words.vary(rng, asked[0]), asked[1]
+        yield next(questions_of(rng, draw_scene(rng)))
+
+
+def caption(scene: Scene) -> str | None:
+    """What a scene shows, from left to right; None where two shapes are a tie."""
+    asked = questions.ask_caption(Random(0), scene)
+    return asked.answer if asked else None
 
 
 def digit_questions(rng: Random) -> Iterator[tuple[str, str]]:
@@ -162,8 +208,8 @@ def questions_without_picture(rng: Random) -> Iterator[tuple[str, str]]:
         yield words.vary(rng, question), answer
 
 
-def _about_scene(rng: Random, scene: Scene) -> tuple[str, str] | None:
-    kind = rng.choices(tuple(SCENE_MIX), tuple(SCENE_MIX.values()))[0]
+def _about_scene(rng: Random, scene: Scene, mix: Mix) -> tuple[str, str] | None:
+    kind = rng.choices(tuple(mix), tuple(mix.values()))[0]
     if kind in questions.SCENE_KINDS:
         asked = questions.SCENE_KINDS[kind](rng, scene)
     elif kind in questions.SPECIAL_KINDS:

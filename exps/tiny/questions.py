@@ -11,6 +11,7 @@ from random import Random
 import words
 from scenes import COLORS, SHAPES, SIZES, Scene, Thing
 
+FAR = 0.3  # centres further apart than this are easy to compare
 GAP = 0.09  # centres nearer than this, along the axis asked about, are a tie
 BORDER = 0.06  # centres nearer to the border of two thirds belong to neither
 COLUMNS, ROWS = ("left", "", "right"), ("top", "", "bottom")
@@ -124,6 +125,14 @@ REL_WORDS = {
     "above": ("above", "higher than", "over"),
     "below": ("below", "lower than", "under"),
 }
+COMPARE_Q = ("Which is {more}, the {a} or the {b}?", "What is {more}, the {a} or the {b}?",
+             "Which one is {more}: the {a} or the {b}?")  # fmt: skip
+COMPARE_WORDS = {
+    "left": ("further left", "more to the left"),
+    "right": ("further right", "more to the right"),
+    "above": ("higher", "further up"),
+    "below": ("lower", "further down"),
+}
 SIDE_Q = ("Which shape is {side}?", "What is {side}?", "Which one is {side}?", "Tell me which shape is {side}.",
           "Which object is {side}?", "Name the shape that is {side}.")  # fmt: skip
 SIDE_WORDS = {
@@ -218,13 +227,30 @@ def _beyond(thing: Thing, other: Thing, side: str) -> float:
     return -along if side in ("left", "above") else along
 
 
-def ask_rel(rng: Random, scene: Scene) -> Asked | None:
+def ask_rel(rng: Random, scene: Scene, *, gap: float = GAP) -> Asked | None:
     one, other = _unique(rng, scene, WAYS["rel"]), _unique(rng, scene, WAYS["rel"])
     side = rng.choice(tuple(REL_WORDS))
-    if not one or not other or one[1] is other[1] or abs(_beyond(one[1], other[1], side)) < GAP:
+    if not one or not other or one[1] is other[1] or abs(_beyond(one[1], other[1], side)) < gap:
         return None
     question = rng.choice(REL_Q).format(a=one[0].text(), b=other[0].text(), rel=rng.choice(REL_WORDS[side]))
     return Asked(question, "Yes, it is." if _beyond(one[1], other[1], side) > 0 else "No, it is not.", "rel")
+
+
+def ask_far(rng: Random, scene: Scene) -> Asked | None:
+    """`rel` where the two lie far apart: the same lesson, easier to begin with."""
+    return ask_rel(rng, scene, gap=FAR)
+
+
+def ask_compare(rng: Random, scene: Scene, *, gap: float = GAP) -> Asked | None:
+    """`rel` with a name for an answer: it says more of what went wrong than yes or no."""
+    one, other = _unique(rng, scene, WAYS["rel"]), _unique(rng, scene, WAYS["rel"])
+    side = rng.choice(tuple(COMPARE_WORDS))
+    if not one or not other or one[1] is other[1] or abs(_beyond(one[1], other[1], side)) < gap:
+        return None
+    more = rng.choice(COMPARE_WORDS[side])
+    question = rng.choice(COMPARE_Q).format(more=more, a=one[0].text(), b=other[0].text())
+    further = one if _beyond(one[1], other[1], side) > 0 else other
+    return Asked(question, f"The {further[0].text()}.", "compare")
 
 
 def ask_side(rng: Random, scene: Scene) -> Asked | None:
@@ -292,7 +318,7 @@ def ask_ambiguous(rng: Random, scene: Scene) -> Asked | None:
 
 
 SPECIAL_KINDS: dict[str, Callable[[Random, Scene], Asked | None]] = {
-    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list,
+    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "far": ask_far, "compare": ask_compare,
 }  # fmt: skip
 
 

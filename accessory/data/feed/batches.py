@@ -26,11 +26,12 @@ class Batch:
 
     ids: Tensor
     positions: Tensor
-    """Begin anew with each document."""
+    """Begin anew with each document, and behind a shared beginning."""
     labels: Tensor
     """What follows on each position; -100 where nothing is learned."""
     segments: Tensor | None
-    """Documents 1, 2, ... of each sequence, -1 for padding; None: plain rows, padded on the right."""
+    """Documents 1, 2, ... of each sequence, 0 for a beginning that all of them share, -1 for padding; None: plain rows,
+    padded on the right."""
     slots: Tensor | None
     """Into all feature rows of this micro-batch, -1 where there is none; for an adapter's prompt (config.slots 0) the
     number of the row's picture. None without pictures."""
@@ -72,20 +73,25 @@ def collate(sequences: Sequence[Sequence[Row]], config: FeedConfig, seen: Seen |
     labels, segments, slots = np.full(shape, IGNORED), np.full(shape, -1), np.full(shape, -1)
     done, skipped = 0, list[str]()
     for at, rows in enumerate(sequences):
-        start, document = 0, 0
+        start, document, own, failed = 0, 0, 0, list[str]()
         for row in rows:
             end = start + len(row.ids)
             ids[at, start:end] = row.ids
             later = np.where(row.supervised[1:], row.ids[1:], IGNORED)
-            failed = [seen.failed[n] for n in range(done, done + len(row.pictures)) if n in seen.failed]
-            skipped += failed[:1]
+            goes_on = row.shared if start else 0
+            if not goes_on:
+                own = done
+                failed = [seen.failed[n] for n in range(done, done + len(row.pictures)) if n in seen.failed]
+            skipped += [f"{row.where}: as {failed[0]}" if goes_on else failed[0]] if failed else []
             labels[at, start : end - 1] = IGNORED if failed else later
             for first, last in zip(row.documents, [*row.documents[1:], len(row.ids)], strict=True):
                 document += 1
-                positions[at, start + first : start + last] = np.arange(last - first)
+                positions[at, start + first : start + last] = np.arange(goes_on, goes_on + last - first)
                 segments[at, start + first : start + last] = document
+            if not goes_on:
+                segments[at, start : start + row.shared] = 0
             if config.slots:
-                slots[at, start:end] = np.where(row.slots >= 0, row.slots + done * config.slots, -1)
+                slots[at, start:end] = np.where(row.slots >= 0, row.slots + own * config.slots, -1)
             elif row.pictures:
                 slots[at] = done
             done += len(row.pictures)

@@ -5,11 +5,13 @@ Must not know batches or views. The cache is named after all that decides the nu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -50,6 +52,7 @@ COUNTS = (
 )
 SHOWN = 20  # refused rows that are named
 DAY = 86400.0  # seconds
+KEPT = 90 * DAY  # for so long a cache that no run opens stays
 ALONE = 2 << 20  # bytes of data up to which other processes are not worth their start
 _CODE = ("files", "records", "fit", "tokenise", "build", "store", "sources", "survey")
 _BESIDE = ("template", "encode", "tokenizer", "backends")
@@ -135,6 +138,8 @@ def read_or_build(inputs: Inputs, tokenizer: Tokenizer) -> Store | None:
         log.info("data: tokenised into %s", path)
     else:
         log.info("data: tokenised before, in %s", path)
+    with contextlib.suppress(OSError):  # somebody else's cache, read-only
+        os.utime(path)
     inputs.report.update(json.loads(store.metadata["report"]))
     refused = json.loads(store.metadata["refused"])
     for sentence in refused[:5]:
@@ -345,7 +350,12 @@ class _Gathered:
 
 
 def _sweep(home: Path) -> None:
-    """Remove what processes of this host that are no more have left unfinished a day ago or earlier."""
+    """Remove what processes of this host that are no more left unfinished a day ago, and caches that nobody opens."""
+    for path in home.glob("*.rows"):
+        with contextlib.suppress(OSError):  # somebody else swept it
+            if re.fullmatch(r"[0-9a-f]{32}", path.stem) and time.time() - path.stat().st_mtime > KEPT:
+                path.unlink()
+                log.info("data: %s was not opened for %d days and is removed", path, KEPT // DAY)
     for folder in home.glob(f".*.{socket.gethostname()}.*"):
         number = folder.suffix.lstrip(".")
         gone = number.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{number}").exists()

@@ -16,6 +16,7 @@ import numpy as np
 from accessory.data.feed.build import Inputs, open_inputs, read_or_build
 from accessory.data.feed.files import Bad, Span, parse, read_rows
 from accessory.data.feed.records import to_sample
+from accessory.data.feed.share import Beginnings, find_beginnings
 from accessory.data.feed.sources import FeedConfig
 from accessory.data.feed.store import Store
 from accessory.data.feed.survey import check_unchanged
@@ -41,6 +42,9 @@ class Row:
     """int64, positions at which its documents begin: 0, and more in packed files."""
     index: int
     """In the whole corpus, whatever the view."""
+    shared: int = 0
+    """Positions at its beginning that the rows behind it in its sequence see too; of a row behind, which is given
+    without them: positions of the beginning that it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,12 @@ class Corpus:
         """file:row number of a row."""
         _, store, place = self._find(index)
         return self._where(store, self._tables[store].row(place))
+
+    def beginnings(self) -> Beginnings:
+        """Which rows of this view begin alike, with one picture."""
+        parts = [(store, table.rows, table.begins) for store, table in zip(self._stores, self._tables, strict=True)]
+        found = find_beginnings(parts, slots=self._inputs.config.slots)
+        return found if self._chosen is None else Beginnings(found.groups[self._chosen], found.lengths[self._chosen])
 
     def split(self, amount: float, seed: int) -> tuple[Corpus, Corpus]:
         """(training, validation): drawn by the seed, `amount` rows or, below 1, that share of them are for validation.

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from accessory.data.feed.batches import Batch
-from accessory.data.feed.corpus import Corpus
+from accessory.data.feed.corpus import Corpus, Row
 from accessory.data.feed.flow import Dealt, Flow
 from accessory.data.feed.pack import Packs, pack
+from accessory.data.feed.share import behind_one
 from accessory.data.feed.sources import FeedConfig
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,10 @@ class Feed:
         self.batch, self.accumulation, self.dp_rank, self.dp_size = batch, accumulation, dp_rank, dp_size
         self._flow = Flow(config, workers, seed, pixels_dtype, pin)
         order = np.random.default_rng([seed, 0xFEED]).permutation(len(corpus)) if shuffle else np.arange(len(corpus))
-        self._packs: Packs = pack(corpus.lengths, order, room=config.cutoff_len if config.packing else None)
+        shares_pictures = config.share_pictures and config.packing and corpus.has_pictures
+        self._beginnings = corpus.beginnings() if shares_pictures else None
+        room = config.cutoff_len if config.packing else None
+        self._packs: Packs = pack(corpus.lengths, order, room=room, beginnings=self._beginnings)
         self.epoch, self.taken, self.skipped = 0, 0, 0
         self._before = self.state()
 
@@ -91,16 +95,20 @@ class Feed:
             "skipped": self.skipped,
             "seed": self.seed,
             "sequences": self.sequences,
+            "shared": self._beginnings is not None,
             "fingerprint": self.corpus.fingerprint,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state. ValueError where data, seed, cutoff_len or packing are not those that it belongs to."""
-        for name, now in (("fingerprint", self.corpus.fingerprint), ("seed", self.seed), ("sequences", self.sequences)):
+        """Go on from a state. ValueError where what decides the order of rows is not what it was."""
+        own = self.state()
+        for name in ("fingerprint", "seed", "sequences", "shared"):
+            now = own[name]
             if state.get(name, now) != now:
                 raise ValueError(
                     f"resume: the rows or their order are not the checkpoint's ({name} was {str(state[name])[:12]}, is"
-                    f" {str(now)[:12]}); give the same data, seed, cutoff_len and packing, or begin in another folder"
+                    f" {str(now)[:12]}); give the same data, seed, cutoff_len, packing and"
+                    " share_pictures, or begin in another folder"
                 )
         self.epoch, self.taken, self.skipped = int(state["epoch"]), int(state["taken"]), int(state.get("skipped", 0))
         self._before = self.state()
@@ -127,11 +135,18 @@ class Feed:
                 step = order[taken : taken + self.global_batch]
                 taken += len(step)
                 micros = [
-                    [[self.corpus.row(int(row)) for row in self._packs[int(sequence)]] for sequence in step[part]]
+                    [self._sequence(int(sequence)) for sequence in step[part]]
                     for part in shares(len(step), self.accumulation, self.dp_rank, self.dp_size)
                 ]
                 yield Dealt((epoch, taken), epoch, micros)
             epoch, taken = epoch + 1, 0
+
+    def _sequence(self, number: int) -> list[Row]:
+        """The rows of a sequence, one behind the other."""
+        indexes = self._packs[number]
+        rows = [self.corpus.row(int(index)) for index in indexes]
+        shared = 0 if self._beginnings is None else self._beginnings.of(indexes)
+        return behind_one(rows, shared) if shared else rows
 
 
 def say_skipped(batches: list[Batch], before: int) -> int:

@@ -71,6 +71,8 @@ class FeedConfig:
     """Of conversations of more than cutoff_len positions; longer documents (pt) become several rows."""
     on_bad_row: Literal["error", "skip"] = "error"
     packing: bool = True
+    share_pictures: bool = False
+    """With packing: rows that begin alike with one picture share it in a sequence of their own."""
     max_samples: int | None = None
     """Only the first so many rows of each source."""
     seed: int = 0

@@ -200,7 +200,8 @@ class StoreWriter:
     def discard(self) -> None:
         """Remove what was gathered."""
         for name, file in self._files.items():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still to be written
+                file.close()
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / "whole").unlink(missing_ok=True)
         with contextlib.suppress(OSError):

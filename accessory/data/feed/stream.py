@@ -92,10 +92,13 @@ class Stream:
     ) -> None:
         """workers: processes that tokenise, and as many again that read pictures; 0: all happens when asked for.
 
-        Raises ValueError for max_samples and packed files, which are for a corpus, and for files that are none.
+        Raises ValueError for max_samples, share_pictures and packed files, which are for a corpus, and for files that
+        are none.
         """
         if config.max_samples is not None:
             raise ValueError(f"max_samples: got {config.max_samples} with streaming, expected none; set max_steps")
+        if config.share_pictures:
+            raise ValueError("share_pictures: got true with streaming, expected false; let the data be tokenised first")
         if config.pictures and not config.slots:
             config = replace(config, packing=False)
         self.config, self.seed, self.shuffle, self.buffer = config, seed, shuffle, max(1, buffer)

@@ -1,12 +1,11 @@
-"""Makes the tiny model from nothing: data, tokenizer, warm-up of the eyes, joint training, an Accessory folder.
-Must not read a clock for anything but its log: every schedule counts steps, so that a run repeats itself."""
+"""Makes the base folder that training begins with: first weights, and a vision part that has learned to see.
+The vision part learns dense labels alone, as a CLIP would come from elsewhere. Every schedule counts steps."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -18,15 +17,11 @@ if find_spec("accessory") is None:  # a checkout that is not installed
 
 import pool as pools
 import torch
-import vocabulary
 from muon import MuonAdamW
-from rows import IGNORE, Rows
-from scenes import draw_scene, paint
 from torch import Tensor, nn
 from warmup import DenseHeads
 
 from accessory.checkpoint.write import write_folder
-from accessory.data.template import get_template
 from accessory.data.tokenizer import open_tokenizer
 from accessory.model import Llama, LlamaConfig
 from accessory.vision import VisionConfig, build_vision
@@ -34,7 +29,6 @@ from accessory.vision import VisionConfig, build_vision
 log = logging.getLogger("tiny")
 
 TEMPLATE = "tiny"
-EXAMPLE = "example 8"  # seed of the picture that ships beside the model
 VISION = VisionConfig(
     kind="qformer",
     tower="vit",
@@ -59,24 +53,13 @@ LLAMA = {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim":
 
 @dataclass
 class Plan:
-    """Sizes of a run; the defaults are the shipped model's."""
+    """Sizes of the warm-up; the defaults are the shipped model's."""
 
     seed: int = 2
-    scenes: int = 40_000
-    digit_pictures: int = 20_000
-    unknowns: int = 4_000
-    empties: int = 300
-    warm_steps: int = 1200
-    warm_batch: int = 64
-    steps: int = 2600
-    separate: int = 22
-    scene_talks: int = 4
-    other_talks: int = 7
-    more_digits: int = 12  # pictures per step that only the dense heads see
-    row: int = 128
+    steps: int = 1100
+    batch: int = 64
     lr: float = 3e-3
-    dense: float = 0.3
-    flat: float = 0.5
+    flat: float = 0.6
 
 
 def init_llama(model: nn.Module, generator: torch.Generator) -> None:
@@ -95,9 +78,9 @@ def init_llama(model: nn.Module, generator: torch.Generator) -> None:
             p.copy_(torch.randn(p.shape, generator=generator) * std)
 
 
-def optimiser(module: nn.Module, heads: nn.Module | None = None) -> MuonAdamW:
+def optimiser(module: nn.Module, heads: nn.Module) -> MuonAdamW:
     """Muon for hidden matrices, AdamW for embeddings, patches, positions, norms, biases and the throw-away heads."""
-    matrices, rest = [], list(heads.parameters()) if heads is not None else []
+    matrices, rest = [], list(heads.parameters())
     for name, p in module.named_parameters():
         hidden = p.dim() == 2 and not name.startswith(("tok_embeddings", "output", "vision.start", "vision.end"))
         if hidden:
@@ -124,14 +107,13 @@ class Eyes:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
         self.tokens = inputs[1]
 
-    def see(self, pool: pools.Pool, pictures: list[int]) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Feature rows [N, slots, dim], the dense loss, and scores of the dense heads."""
+    def see(self, pool: pools.Pool, pictures: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """The dense loss, and scores of the dense heads."""
         pixels = torch.from_numpy(pool.pixels[pictures]).permute(0, 3, 1, 2).float()
         rows = self.vision(pixels.div_(127.5).sub_(1))
         names = ("classes", "patches", "cells", "places")
         labels = {name: torch.from_numpy(getattr(pool, name)[pictures]) for name in names}
-        loss, scores = self.heads(self.tokens, rows[:, 1:-1], labels)
-        return rows, loss, scores
+        return self.heads(self.tokens, rows[:, 1:-1], labels)
 
 
 def warm_up(plan: Plan, pool: pools.Pool, model: nn.Module, heads: DenseHeads) -> None:
@@ -139,37 +121,14 @@ def warm_up(plan: Plan, pool: pools.Pool, model: nn.Module, heads: DenseHeads) -
     rng, eyes, started = Random(f"{plan.seed} warm"), Eyes(model.vision, heads), time.time()
     optim = optimiser(model.vision, heads)
     groups = (pool.where(pools.SCENE), pool.where(*range(10)), pool.where(pools.UNKNOWN, pools.EMPTY))
-    for step in range(plan.warm_steps):
-        pictures = [rng.choice(rng.choices(groups, (50, 42, 8))[0]) for _ in range(plan.warm_batch)]
-        _, loss, scores = eyes.see(pool, pictures)
+    for step in range(plan.steps):
+        pictures = [rng.choice(rng.choices(groups, (50, 42, 8))[0]) for _ in range(plan.batch)]
+        loss, scores = eyes.see(pool, pictures)
         loss.backward()
-        optim.step(schedule(step, plan.warm_steps, plan.lr, flat=0.6))
+        optim.step(schedule(step, plan.steps, plan.lr, flat=plan.flat))
         if step % 100 == 99:
             shown = " ".join(f"{name} {100 * value:.0f}" for name, value in scores.items())
             log.info("warm-up %d: loss %.3f | %s | %.0f s", step + 1, loss.item(), shown, time.time() - started)
-
-
-def train(plan: Plan, pool: pools.Pool, rows: Rows, model: nn.Module, heads: DenseHeads) -> None:
-    """Everything together: answers, and a little of the dense labels still."""
-    rng, eyes, started = Random(f"{plan.seed} joint"), Eyes(model.vision, heads), time.time()
-    optim = optimiser(model, heads)
-    mix = {"separate": plan.separate, "scene_talks": plan.scene_talks, "other_talks": plan.other_talks}
-    mean, handwritten = 0.0, pool.where(*range(10))
-    for step in range(plan.steps):
-        inputs, pictures = rows.batch(rng, **mix)
-        more = [rng.choice(handwritten) for _ in range(plan.more_digits)]
-        features, dense, scores = eyes.see(pool, pictures + more)
-        labels = inputs.pop("labels")
-        hidden = model(**inputs, features=features.flatten(0, 1))
-        total, count = model.output(hidden[labels != IGNORE], labels[labels != IGNORE])
-        loss = total / count
-        (loss + plan.dense * dense).backward()
-        optim.step(schedule(step, plan.steps, plan.lr, flat=plan.flat))
-        mean += 0.02 * (loss.item() - mean) if step else loss.item()
-        if step % 100 == 99:
-            shown = " ".join(f"{name} {100 * value:.0f}" for name, value in scores.items())
-            log.info("step %d: loss %.4f | %s | %.0f s", step + 1, mean, shown, time.time() - started)
-    eyes.hook.remove()
 
 
 def build(plan: Plan, vocabulary_size: int) -> nn.Module:
@@ -182,48 +141,27 @@ def build(plan: Plan, vocabulary_size: int) -> nn.Module:
 
 
 def main() -> None:
-    """Parse the few flags, and run everything in order."""
+    """Parse the few flags; build, warm up, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--threads", type=int, default=2)
     for name, value in vars(Plan()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     args = vars(parser.parse_args())
-    out, threads = args.pop("out"), args.pop("threads")
+    data, out, threads = args.pop("data"), args.pop("out"), args.pop("threads")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
-    plan, started = Plan(**args), time.time()
+    plan = Plan(**args)
     if out.exists() and any(out.iterdir()):
         parser.error(f"--out {out}: the folder is not empty; name another or remove it")
-    with tempfile.TemporaryDirectory() as folder:
-        run(plan, out, Path(folder) / "tokenizer.model")
-    log.info("done in %.0f s", time.time() - started)
-
-
-def run(plan: Plan, out: Path, tokenizer_file: Path) -> None:
-    """Everything in order: tokenizer, pictures, warm-up, joint training, folder."""
-    started = time.time()
-    vocabulary.train_tokenizer(tokenizer_file, seed=plan.seed)
-    tokenizer = open_tokenizer(tokenizer_file)
-    log.info("tokenizer of %d pieces, %.0f s", tokenizer.size, time.time() - started)
-    counts = {name: getattr(plan, name) for name in ("scenes", "digit_pictures", "unknowns", "empties")}
-    pool = pools.build(plan.seed, **counts)
-    log.info("%d pictures, %.0f s", len(pool.classes), time.time() - started)
-    model, heads = build(plan, tokenizer.size), DenseHeads(128, LLAMA["dim"]).bfloat16()
+    tokenizer = data / "tokenizer.model"
+    model, heads = build(plan, open_tokenizer(tokenizer).size), DenseHeads(128, LLAMA["dim"]).bfloat16()
     log.info("%d parameters", sum(p.numel() for p in model.parameters()))
-    write = vocabulary.writer(get_template(TEMPLATE), tokenizer)
-    rows = Rows(pool, write, bos=tokenizer.bos_id, picture_slots=model.vision.slots, limit=plan.row)
-    warm_up(plan, pool, model, heads)
-    train(plan, pool, rows, model, heads)
-    save(out, model, tokenizer_file)
-
-
-def save(out: Path, model: nn.Module, tokenizer: Path) -> None:
-    """Write the weights and what describes them as an Accessory folder."""
+    warm_up(plan, pools.Pool.load(data / "pool"), model, heads)
     config = {**asdict(model.config), "vision": VISION.to_dict(), "template": TEMPLATE}
     config = {name: value for name, value in config.items() if value is not None}
     out.mkdir(parents=True, exist_ok=True)
-    paint(draw_scene(Random(EXAMPLE), count=4)).save(out / "example.png")
     write_folder(out, model.state_dict(), config=config, meta={"llama_type": "llama_qformerv2"}, tokenizer=tokenizer)
 
 
