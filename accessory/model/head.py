@@ -16,6 +16,7 @@ from accessory.model.parallel import TiedEmbedding, cut_vocabulary, enter_region
 IGNORED = -100
 CHUNK = 1 << 26  # logits that exist at once, on one rank
 PIECE = 1 << 21  # of these, how many a CPU widens to fp32 at a time, so that they stay in its caches
+STRIDE = 64  # a CPU's library keeps a kernel for every number of rows that it met: targets come in multiples of this
 
 
 class Head(nn.Module):
@@ -62,7 +63,10 @@ class Head(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         valid = labels != IGNORED
         if labels.device.type == "cpu" and not valid.all():  # where looking costs no wait, only targets are multiplied
-            hidden, labels = hidden[valid], labels[valid]
+            places = valid.nonzero().flatten()
+            spare = min(-len(places) % STRIDE, len(labels) - len(places))
+            places = torch.cat([places, (~valid).nonzero().flatten()[:spare]])
+            hidden, labels = hidden[places], labels[places]
         total = _ChunkedLoss.apply(hidden, weight, labels, self.slice, self.shard)
         return total, valid.sum().float()
 
