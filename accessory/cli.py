@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -17,9 +18,24 @@ from accessory import __version__
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: (module with a main(argv), one line of help)
     "train": ("accessory.train.main", "train a model: pretraining, finetuning of all or few parameters, with pictures"),
+    "infer": ("accessory.serve.infer", "ask a model in a terminal, or let it answer a dataset"),
+    "chat": ("accessory.serve.chat", "a conversation in a terminal or through a pipe"),
+    "export": ("accessory.export", "merge, convert, write and verify a model's folder"),
     "inspect": ("accessory.inspect", "print what a checkpoint folder holds, and verify it"),
     "bench": ("accessory.bench", "measure decode, prefill and loading beside a peer and the machine's ceilings"),
 }
+
+# What only --dry_run answers (the words are accessory.dialect's), and how other tools call our verbs. "quantise" is an
+# export with a number of bits. Written here so that the help imports nothing.
+LATER = ("predict", "eval", "api", "webchat", "webui", "quantise")
+ALIASES = {
+    "sft": "train",
+    "merge_lora": "export",
+    "app_ui": "webchat",
+    "web_ui": "webui",
+    "deploy": "api",
+}
+MANY = ("train", "export")  # verbs whose words may ask for another one
 
 # How gloo says that another rank is gone: its exceptions are plain RuntimeErrors.
 _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "timeout caused pair closure")
@@ -35,14 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         sys.stdout.write(f"accessory {__version__}\n")
         return 0
-    if argv[0] not in VERBS:
+    called = argv[0].replace("-", "_")
+    verb = ALIASES.get(called, called)
+    if verb not in VERBS and verb not in LATER:
         import difflib
 
-        close = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.5)
-        remedy = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(VERBS)}"
+        close = difflib.get_close_matches(argv[0], [*VERBS, *LATER, *ALIASES], n=1, cutoff=0.5)
+        remedy = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join((*VERBS, *LATER))}"
         sys.stderr.write(f"accessory: error: unknown verb {argv[0]!r}; {remedy}\n")
         return 2
-    return guard(lambda: import_module(VERBS[argv[0]][0]).main(argv[1:]))
+    return guard(lambda: _run(verb, [*argv[1:], *([f"--called={called}"] if called != verb else [])]))
 
 
 def guard(body: Callable[[], int | None]) -> int:
@@ -58,6 +76,8 @@ def guard(body: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):  # outside of the main thread Python allows no handlers
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, while the interpreter leaves, is no traceback
         return _leave(130)
     except BrokenPipeError:  # the reader of our output left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -65,6 +85,36 @@ def guard(body: Callable[[], int | None]) -> int:
     except Exception as error:
         _report(error)
         return _leave(1)
+
+
+def _run(verb: str, argv: list[str]) -> int | None:
+    """Run a verb, or the one that its words ask for by themselves: train with do_predict is predict."""
+    if verb in MANY and not {"-h", "--help"} & set(argv):
+        from accessory.config import collect
+        from accessory.dialect.translate import pending, translator
+
+        said = collect(argv, others=translator(verb).names)
+        verb = pending(verb, {name: given.value for name, given in said.items()})
+    return import_module(VERBS[verb][0]).main(argv) if verb in VERBS else _show(verb, argv)
+
+
+def _show(verb: str, argv: list[str]) -> int:
+    """The settings of a verb that only --dry_run true answers. ValueError without it."""
+    import dataclasses
+
+    import yaml
+
+    from accessory.config import parse
+    from accessory.dialect.later import LATER as WORDS
+    from accessory.dialect.translate import translator
+
+    words, missing = WORDS[verb]
+    about = {"prog": f"accessory {verb}", "description": words.__doc__ or ""}
+    if not parse(words, argv, **about, translate=translator(verb, say=False)).dry_run:
+        raise ValueError(f"{verb}: {missing}")
+    settings = parse(words, argv, **about, translate=translator(verb))
+    sys.stdout.write(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True, width=120))
+    return 0
 
 
 def _report(error: Exception) -> None:
@@ -109,4 +159,6 @@ def _help() -> str:
     """The list of verbs."""
     lines = ["usage: accessory VERB [CONFIG.yaml] [--KEY VALUE | KEY=VALUE ...]", ""]
     lines += [f"  {verb:<10}{text}" for verb, (_, text) in VERBS.items()]
+    lines += ["", "Understood with --dry_run true, and not there yet:", f"  {', '.join(LATER)}"]
+    lines += ["", f"Also: {', '.join(f'{name} ({verb})' for name, verb in ALIASES.items())}."]
     return "\n".join([*lines, "", "accessory VERB --help explains a verb's settings.", ""])

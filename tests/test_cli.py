@@ -3,6 +3,7 @@
 Must not need a model; verbs here are stand-ins.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["inspct", "x"]) == 2
     assert capsys.readouterr().err == "accessory: error: unknown verb 'inspct'; did you mean 'inspect'?\n"
     assert cli.main(["zzz"]) == 2
-    assert "expected one of train, inspect" in capsys.readouterr().err
+    assert "expected one of train, infer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.VERBS)
@@ -110,9 +111,22 @@ def test_a_lost_rank_is_one_line_and_an_ordinary_runtime_error_is_not_one(capsys
     assert "unexpected RuntimeError" in capsys.readouterr().err
 
 
-def test_an_interrupt_is_130_without_a_word(capsys):
+def test_an_interrupt_is_130_without_a_word(capsys, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(cli.signal, "signal", lambda *how: set_to.append(how))
     assert cli.guard(raises(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "" and set_to == [(signal.SIGINT, signal.SIG_DFL)]
+
+
+def test_a_second_interrupt_is_no_traceback_either(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, os, signal, sys\nfrom accessory.cli import guard\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.exit(guard(lambda: os.kill(os.getpid(), signal.SIGINT)))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path):

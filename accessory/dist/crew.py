@@ -17,17 +17,20 @@ import tempfile
 import threading
 from collections.abc import Sequence
 
-from accessory.dist.place import read_place
+from accessory.dist.place import CREW, Nodes, read_place
 
 _PR_SET_PDEATHSIG = 1
 _FAREWELL = 15.0  # seconds that followers get to end by themselves once the leader closes
-_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCESSORY_STORE")
+_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", CREW)
+_STORE = "ACCESSORY_STORE"
 
 _crew: _Crew | None = None
 
 
-def launch(n: int, *, argv: Sequence[str] | None = None) -> None:
+def launch(n: int, *, argv: Sequence[str] | None = None, nodes: Nodes | None = None) -> None:
     """Become rank 0 of `n` ranks on this host: start n-1 followers that run `argv`, or this process's own command.
+
+    nodes: other hosts do the same (NNODES), and all of them meet at MASTER_ADDR and MASTER_PORT; None: there are none.
 
     Call it early in `main`, before `init`: in the leader, and in the followers too, where it only ties them to the
     leader. It does nothing at n = 1, nor under torchrun or srun. Followers read no terminal, hear no Ctrl-C and write
@@ -36,18 +39,18 @@ def launch(n: int, *, argv: Sequence[str] | None = None) -> None:
     Raises ValueError when n contradicts torchrun or srun, or when there is no command that followers could run.
     """
     global _crew
-    world = read_place(os.environ).world
-    if n < 1 or (world > 1 and n not in (1, world)):
+    world, nodes = read_place(os.environ).world, nodes or Nodes()
+    if n < 1 or (world > 1 and n not in (1, world, int(os.environ.get(CREW, 1)))):
         raise ValueError(
             f"ranks: got {n} in a job of {world}; expected a positive number that agrees with the launcher"
         )
     if world > 1:
         follow()
-    elif n > 1:
-        if argv is None and not hasattr(sys.modules["__main__"], "__file__"):
+    elif n * nodes.count > 1:
+        if n > 1 and argv is None and not hasattr(sys.modules["__main__"], "__file__"):
             raise ValueError(f"ranks: got {n} in an interactive Python, expected a script; use torchrun or one rank")
         _crew = _Crew()
-        _crew.start(n, [sys.executable, *sys.orig_argv[1:]] if argv is None else list(argv))
+        _crew.start(n, nodes, [sys.executable, *sys.orig_argv[1:]] if argv is None else list(argv))
 
 
 def follow() -> None:
@@ -100,16 +103,19 @@ class _Crew:
         self.folder = tempfile.mkdtemp(prefix="accessory-")
         self.screen = _screen()
 
-    def start(self, n: int, argv: list[str]) -> None:
-        """Start ranks 1 to n-1 and make this process rank 0."""
+    def start(self, n: int, nodes: Nodes, argv: list[str]) -> None:
+        """Start the host's other ranks and make this process its first one."""
         leash, self.hold = os.pipe()  # the write end closes with this process, however it dies
-        place = dict(zip(_NAMES, ("0", "0", str(n), str(n), f"{self.folder}/store"), strict=True))
+        first = nodes.number * n
+        place = zip(_NAMES, map(str, (first, 0, nodes.count * n, n, n)), strict=True)
         os.environ.update(place)
+        if nodes.count == 1:
+            os.environ[_STORE] = f"{self.folder}/store"
         atexit.register(self.end)
         for rank in range(1, n):
             follower = subprocess.Popen(
                 argv,
-                env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCESSORY_LEASH": str(leash)},
+                env={**os.environ, "RANK": str(first + rank), "LOCAL_RANK": str(rank), "ACCESSORY_LEASH": str(leash)},
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # stdout carries the leader's answer and nothing else
                 pass_fds=[leash],
@@ -118,7 +124,7 @@ class _Crew:
             self.followers.append(follower)
         os.close(leash)
         for rank, follower in enumerate(self.followers, start=1):
-            threading.Thread(target=self.watch, args=(rank, follower), daemon=True).start()
+            threading.Thread(target=self.watch, args=(first + rank, follower), daemon=True).start()
 
     def watch(self, rank: int, follower: subprocess.Popen[bytes]) -> None:
         """Wait for one follower, and end the whole job when it goes before its time."""
@@ -157,7 +163,7 @@ class _Crew:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.hold)
             del self.hold
-        for name in _NAMES:
+        for name in (*_NAMES, _STORE):
             os.environ.pop(name, None)
         atexit.unregister(self.end)
 

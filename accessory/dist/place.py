@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 _FIRST_PORT, _PORTS = 15000, 16384  # below Linux's ephemeral ports
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+CREW = "ACCESSORY_CREW"
+"""Set in every rank that `launch` started, to how many there are on this host."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,50 @@ def read_place(env: Mapping[str, str]) -> Place:
     if place.rank >= place.world:
         raise ValueError(f"rank: got {place.rank} of {place.world}, expected less than the world; check the launcher")
     return place
+
+
+def read_nproc(env: Mapping[str, str]) -> int | None:
+    """The ranks that NPROC_PER_NODE asks for on this host; None where it says nothing, or gpu or auto as to torchrun.
+
+    Raises ValueError for anything else than a number above 0.
+    """
+    told = env.get("NPROC_PER_NODE", "").strip()
+    if told in ("", "gpu", "auto"):
+        return None
+    count = _number(env, "NPROC_PER_NODE")
+    if count < 1:
+        raise ValueError(f"NPROC_PER_NODE: got {told}, expected at least 1 rank; correct or unset it")
+    return count
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The hosts of a job whose ranks each host starts by itself."""
+
+    count: int = 1
+    number: int = 0
+    """Of this host."""
+
+
+def read_nodes(env: Mapping[str, str]) -> Nodes:
+    """What NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say; one host where they say nothing.
+
+    Raises ValueError where one of them is missing beside NNODES, or makes no sense.
+    """
+    count = _number(env, "NNODES", 1)
+    if count <= 1:
+        return Nodes()
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise ValueError(
+                f"{name}: not set beside NNODES={count}, expected it on every host; set it"
+            )
+    number, port = _number(env, "NODE_RANK"), _number(env, "MASTER_PORT")
+    if number >= count:
+        raise ValueError(f"NODE_RANK: got {number} with NNODES={count}, expected 0 to {count - 1}; correct it")
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT: got {port}, expected 1 to 65535; correct it")
+    return Nodes(count, number)
 
 
 def _torchrun(env: Mapping[str, str]) -> Place:

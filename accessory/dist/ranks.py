@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from accessory.dist import crew
-from accessory.dist.place import Place, read_place
+from accessory.dist.place import CREW, Place, read_place
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -113,7 +113,7 @@ def init(*, tp: int | None = None, device: str = "auto", timeout: float = 600.0)
     )
     if place.world > 1:
         crew.follow()
-        _share_cores(place)
+        _share_cores()
         _join(ranks, place, timedelta(seconds=timeout))
     return ranks
 
@@ -260,11 +260,11 @@ def _backend(ranks: Ranks, store: Store) -> str:
     return "nccl" if len(gpus) == ranks.world else "gloo"
 
 
-def _share_cores(place: Place) -> None:
+def _share_cores() -> None:
     """Divide the host's cores among ranks that `launch` started; torchrun and srun set OMP_NUM_THREADS themselves."""
-    if place.meeting.startswith("file://") and "OMP_NUM_THREADS" not in os.environ:
+    if CREW in os.environ and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // place.world))
+        torch.set_num_threads(max(1, cores // int(os.environ[CREW])))
 
 
 def _set_timeout(group: ProcessGroup, timeout: timedelta) -> None:

@@ -1,0 +1,76 @@
+"""The words that several verbs share, each with one meaning wherever it appears.
+
+Must not import torch nor know what reads them: the verbs' settings take these fields over and add their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelWords:
+    """Which model, how it is opened, and where."""
+
+    dialect: Literal["accessory", "llamafactory", "swift"] | None = None
+    """Whose words and defaults the settings are given in; none: told by the words."""
+    model_name_or_path: list[str] = field(default_factory=list)
+    """Folder or hub id of the model, then folders of deltas or trained parts, in order. Without it: the tiny model."""
+    adapter_name_or_path: list[str] = field(default_factory=list)
+    """Folders of adapters on top of the model, in order."""
+    model_type: str | None = None
+    """A name such as llava1d6-mistral-7b-instruct, which chooses hub id, architecture and template; not needed where
+    model_name_or_path is a folder that says what it is."""
+    template: str = ""
+    """How conversations are written, perhaps with its dialect (swift/llava-yi-instruct); without it the model's own."""
+    tokenizer_path: str | None = None
+    """Tokenizer file, or the folder that holds it; needed where the model's folder has none."""
+    llama_type: str | None = None
+    """llama, llama_peft, llama_adapter, llama_qformerv2, llava, ...; needed where the folder is silent."""
+    llama_config: list[str] = field(default_factory=list)
+    """JSON files of model sizes (params.json), later ones override; needed where the folder has none."""
+    quantization_bit: Literal[4] | None = None
+    """4: the weights of the layers are stored as NF4."""
+    precision: Literal["bf16", "fp32", "fp16"] | None = None
+    """Of weights and computation. Without it: the checkpoint's on a GPU, what a CPU is fast in elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    tensor_parallel_size: int | None = None
+    """Ranks that share each layer; none: all ranks. The others are data-parallel."""
+    nproc_per_node: int | None = None
+    """Start this many ranks on this host, as torchrun would; none: NPROC_PER_NODE, else one per visible GPU."""
+    max_seq_len: int | None = None
+    """Tokens of question, history and answer together; none: the model's, at most 4096."""
+    image_transform: str | None = None
+    """resized_center_crop or padded_resize; none: the model's own."""
+    orientation: Literal["keep", "apply"] | None = None
+    """Photographs as they are stored, or turned as their EXIF says; none: turned in a chat, as stored elsewhere."""
+    anyres_compat: Literal["llava", "hf"] | None = None
+    """Whose tiling and merging of large pictures is followed; none: that of the folder's family."""
+    allow_private_urls: bool = False
+    """Pictures may be fetched from this host and from private networks."""
+
+
+@dataclass
+class GenerationWords:
+    """How an answer is chosen."""
+
+    max_new_tokens: int = 512
+    """Most tokens of an answer."""
+    do_sample: bool | None = None
+    """Whether tokens are drawn; none: where a temperature above 0 is given."""
+    temperature: float = 0.0
+    """The higher, the more even; 0: always the likeliest token."""
+    top_p: float = 1.0
+    """When drawing: choose among the likeliest tokens whose probabilities reach this sum."""
+    top_k: int = 0
+    """When drawing: choose among this many likeliest tokens; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were already said become less likely."""
+    seed: int = 42
+    """When drawing: the same seed gives the same answer."""
+    stop_words: list[str] = field(default_factory=list)
+    """Further strings that end an answer and are no part of it."""
+    default_system: str | None = None
+    """System text of conversations that bring none; without it the template's."""
