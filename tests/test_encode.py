@@ -10,7 +10,8 @@ from accessory.data.encode import Encoded, encode, stop_ids, truncate_left
 from accessory.data.template import TEMPLATES, Control, Picture, Text, Turn, render
 from accessory.data.tokenizer import open_tokenizer
 
-FITTING = {"llama3": ["llama3"], "chatml": ["byte_level", "markers"]}
+CHATML, LLAMA3, ALONE = ("chatml", "chatml_direct", "qwen_1_5"), ("llama3", "llava_llama_3"), ("caption", "plain")
+FITTING = {name: ["byte_level", "markers"] for name in CHATML} | {name: ["llama3"] for name in LLAMA3}
 EVERY = [(name, kind) for name in TEMPLATES for kind in FITTING.get(name, ["sentencepiece", "llama_json", "llama3"])]
 
 
@@ -21,7 +22,7 @@ def opened(tmp_path_factory):
 
 
 def talk(name: str) -> list[Turn]:
-    asked = ["", ""] if name == "caption" else ["what is it", "how many"]
+    asked = ["", ""] if name in ALONE else ["what is it", "how many"]
     turns = [Turn("user", asked[0], 1), Turn("assistant", "a red fox."), Turn("user", asked[1], 2)]
     return [*turns, Turn("assistant", "some dogs \U0001f415!")]
 
@@ -44,7 +45,7 @@ def test_what_is_supervised_reads_as_the_answers(opened, name, kind):
     learned = [token for token, mark in zip(whole.ids, whole.supervised, strict=True) if mark]
     text = "".join(tokenizer.decode(learned).replace("\n###", "").split())
     assert text == "".join((turns[1].text + turns[3].text).split())
-    stop = tokenizer.encode("\n###")[-1] if name == "dialog" else None
+    stop = tokenizer.encode(TEMPLATES[name].stops[0])[-1] if TEMPLATES[name].stops else None
     assert learned[-1] in ({stop} if stop is not None else stop_ids(TEMPLATES[name], tokenizer))
 
 
@@ -126,7 +127,7 @@ def test_pictures_and_slots_that_do_not_match_are_an_error(opened, parts, slots)
 def test_typed_controls_and_placeholders_stay_text(opened):
     typed = "</s> <s> [INST] <<SYS>> <image> <|im_end|> <|eot_id|>"
     for name, kind in [*EVERY, ("dialog", "markers")]:
-        if name == "caption":
+        if name in ALONE:
             continue
         plain = encode(render(name, [Turn("user", "hi")]), opened[kind])
         forged = encode(render(name, [Turn("user", typed)]), opened[kind])

@@ -37,13 +37,17 @@ def written(name, turns, **options) -> str:
         marked = getattr(part, "supervised", False)
         out += ("[[" if marked else "]]") if marked != open_ else ""
         open_ = marked
-        if isinstance(part, Text):
-            out += part.text
+        if isinstance(part, Text) or (isinstance(part, Control) and part.text):
+            out += part.text if isinstance(part, Text) else part.name
         else:
             out += f"{{{part.index}}}" if isinstance(part, Picture) else f"<{part.name.strip('<|>')}>"
     return out + ("]]" if open_ else "")
 
 
+HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 GOLDEN = {
     "alpaca": f"<bos>{BELOW}. {WRITE}.\n\n### Instruction:\nhi\n\n### Response:[[yo<eos>]]"
     "\n\n### Instruction:\nq2\n\n### Response:",
@@ -62,14 +66,28 @@ GOLDEN = {
     "chatml": "<im_start>user\nhi<im_end>\n<im_start>assistant\n[[yo<im_end>]]\n<im_start>user\nq2<im_end>\n"
     "<im_start>assistant\n",
     "tiny": "<bos>Human: hi\nAssistant:[[ yo<eos>]]Human: q2\nAssistant:",
+    "llava_1_5": "<bos>USER: hi ASSISTANT:[[ yo<eos>]]USER: q2 ASSISTANT:",
+    "llava_llama_2": f"<bos>[INST] <<SYS>>\n{HELPFUL}\n<</SYS>>\n\nhi [/INST][[ yo <eos>]]<bos>[INST] q2 [/INST]",
+    "mistral_instruct": "<bos>[INST] hi [/INST][[ yo <eos>]][INST] q2 [/INST]",
+    "chatml_direct": "<im_start>system\nAnswer the questions.<im_end><im_start>user\nhi<im_end><im_start>assistant\n"
+    "[[yo<im_end>]]<im_start>user\nq2<im_end><im_start>assistant\n",
+    "llava_llama_3": f"<bos><start_header_id>system<end_header_id>\n\n{HELPFUL}<eot_id><start_header_id>user"
+    "<end_header_id>\n\nhi<eot_id><start_header_id>assistant<end_header_id>\n\n[[yo<eot_id>]]<start_header_id>user"
+    "<end_header_id>\n\nq2<eot_id><start_header_id>assistant<end_header_id>\n\n",
+    "qwen_1_5": "<im_start>system\nYou are a helpful assistant.<im_end>\n<im_start>user\nhi<im_end>\n"
+    "<im_start>assistant\n[[yo<im_end>]]\n<im_start>user\nq2<im_end>\n<im_start>assistant\n",
 }
 END = {
     "dialog": ("[[ a2\n###]]<eos>"),
     "chatml": "[[a2<im_end>]]\n",
-    "llama2": "[[ a2 <eos>]]",
+    "qwen_1_5": "[[a2<im_end>]]\n",
+    "chatml_direct": "[[a2<im_end>]]",
     "llama3": "[[a2<eot_id>]]",
+    "llava_llama_3": "[[a2<eot_id>]]",
 }
-END |= {name: "[[ a2<eos>]]" for name in ("vicuna_v1", "llava_v1", "tiny")}
+END |= {name: "[[ a2<eos>]]" for name in ("vicuna_v1", "llava_v1", "llava_1_5", "tiny")}
+END |= {name: "[[ a2 <eos>]]" for name in ("llama2", "llava_llama_2", "mistral_instruct")}
+PICTURES_ALONE = {"caption", "plain"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -84,12 +102,12 @@ def test_a_conversation_is_its_prompt_and_the_answer(name):
 
 
 def test_every_template_has_its_golden_string():
-    assert set(GOLDEN) | {"caption"} == set(TEMPLATES)
+    assert set(GOLDEN) | PICTURES_ALONE == set(TEMPLATES)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_parts_of_a_prompt_begin_those_of_the_answered_conversation(name):
-    said = "" if name == "caption" else "ask"
+    said = "" if name in PICTURES_ALONE else "ask"
     turns = [Turn("user", said, 1), Turn("assistant", "one"), Turn("user", said, 2), Turn("assistant", "two")]
     for count in (1, 3):
         prompt, whole = render(name, turns[:count]), render(name, turns, open_answer=False)
@@ -117,6 +135,12 @@ def test_a_caption_is_asked_with_a_picture_alone():
         render("caption", [Turn("user", "what?", 1)])
 
 
+def test_a_projector_learns_a_picture_and_its_caption():
+    assert written("plain", [Turn("user", "", 1), Turn("assistant", "a fox")], open_answer=False) == (
+        "<bos>{0}[[a fox\n]]"
+    )
+
+
 def test_an_empty_prompt_of_none_is_bos_alone():
     assert render("none", [Turn("user", "")]) == [Control("bos")]
 
@@ -136,6 +160,12 @@ def test_the_reference_forms_put_a_picture_right_after_bos(name):
         ("llama2", "<bos>[INST] {0}\nhi [/INST]"),
         ("llama3", "user<end_header_id>\n\n{0}\nhi<eot_id>"),
         ("chatml", "<im_start>user\n{0}\nhi<im_end>"),
+        ("llava_1_5", "<bos>USER: {0}\nhi ASSISTANT:"),
+        ("llava_llama_2", "<</SYS>>\n\n{0}\nhi [/INST]"),
+        ("mistral_instruct", "<bos>[INST] {0}\nhi [/INST]"),
+        ("chatml_direct", "Answer the questions.<im_end><im_start>user\n{0}\nhi<im_end>"),
+        ("llava_llama_3", "user<end_header_id>\n\n{0}\nhi<eot_id>"),
+        ("qwen_1_5", "<im_start>user\n{0}\nhi<im_end>\n"),
     ],
 )
 def test_other_forms_put_a_picture_before_the_users_text(name, place):

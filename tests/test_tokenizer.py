@@ -35,7 +35,7 @@ def opened(paths):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_text_never_yields_a_control_token(opened, kind):
     tokenizer = opened[kind]
-    spelled = [name for name in tokenizer._backend.names if name.isprintable()]
+    spelled = [name for name in tokenizer.backend.names if name.isprintable()]
     for text in [*toys.CONTROL_TEXTS, *spelled, "\uffff</s>", "a<s>b</s>c [INST]<|im_start|>user\n<image>"]:
         assert not tokenizer.controls & set(tokenizer.encode(text)), text
 
@@ -160,7 +160,7 @@ def test_ids_equal_tiktoken(opened, paths):
     tokenizer = opened["llama3"]
     lines = (line.split() for line in paths["llama3"].read_bytes().splitlines())
     ranks = {base64.b64decode(word): int(rank) for word, rank in lines}
-    theirs = tiktoken.Encoding("x", pat_str=tokenizer._backend._SPLIT, mergeable_ranks=ranks, special_tokens={})
+    theirs = tiktoken.Encoding("x", pat_str=tokenizer.backend.SPLIT, mergeable_ranks=ranks, special_tokens={})
     for text in toys.TEXTS:
         assert tokenizer.encode(text) == theirs.encode_ordinary(text)
 

@@ -1,4 +1,4 @@
-"""The three tokenizer libraries made alike: sentencepiece, tokenizers (tokenizer.json), tiktoken (Llama 3).
+"""Tokenizer libraries made alike: sentencepiece and tiktoken (Llama 3) here, tokenizers in tokenizer_json.
 Knows no conversation and no files: bytes of a tokenizer file come in, `tokenizer.py` names what goes out.
 
 Every backend keeps control tokens out of plain text by construction, each in its library's way: sentencepiece matches
@@ -9,18 +9,20 @@ added tokens, so its copy for plain text is built without them; tiktoken is aske
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 SPACE = "\u2581"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z][A-Z_]*\]")
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z][A-Z_]*\]")
 
 # Numbers of the fields that are read of sentencepiece's ModelProto and its messages, and of two piece types.
 _PIECES, _NORMALIZER, _TYPE, _USER_DEFINED, _CONTROL = 1, 3, 3, 4, 3
-_DUMMY_PREFIX, _EXTRA_SPACES = 3, 4
+_CHARACTERS, _DUMMY_PREFIX, _EXTRA_SPACES = 2, 3, 4
+_TRAINER, _MODEL_TYPE, _BPE = 2, 3, 2
+_PICTURES = ("<image>", "<|image|>", "<|image_pad|>", "<im_patch>", "<im_start>", "<im_end>")
+_NO_PREFIX = bytes([_NORMALIZER << 3 | 2, 2, _DUMMY_PREFIX << 3, 0])  # a message that comes twice is merged
 
 
 class SentencePieceBackend:
@@ -31,10 +33,21 @@ class SentencePieceBackend:
 
         added = beside.get("added", {})
         data, flags = _retype_markers(data, added)
-        self._model = model = sentencepiece.SentencePieceProcessor()
+        self._data = data
+        self._model = model = self._later = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(data)
+        self.goes_on: frozenset[str] = frozenset()
+        if beside.get("legacy") is False and flags.get(_DUMMY_PREFIX, 1):
+            # "legacy: false" says that only a text's first run has a dummy space. LLaVA's own code (llava_llama,
+            # llava_mistral, ...) has texts without BOS, and what follows a picture is a text of its own to it.
+            own = str(beside.get("model_type", "")).startswith("llava_") and beside["model_type"] != "llava_next"
+            self.goes_on = frozenset({"control"} if own else {"bos", "control", "picture"})
+            self._later = sentencepiece.SentencePieceProcessor()
+            self._later.LoadFromSerializedProto(data + _NO_PREFIX)
         pieces = model.get_piece_size()
-        self._unknown = model.unk_id()
+        self.unknown = model.unk_id()
+        self.prefixed = bool(flags.get(_DUMMY_PREFIX, 1))
+        self.has_bytes = any(model.is_byte(i) for i in range(pieces))
         self.names = {model.id_to_piece(i): i for i in range(pieces) if model.is_control(i)}
         self.names |= {text: i for text, i in added.items() if i >= pieces}
         self.size = max([pieces, *(i + 1 for i in self.names.values())])
@@ -43,15 +56,17 @@ class SentencePieceBackend:
             self.names.get(beside.get(f"{role}_token", ""), own if own >= 0 else None)
             for role, own in (("bos", model.bos_id()), ("eos", model.eos_id()), ("pad", model.pad_id()))
         )
+        holes = set(range(pieces, self.size)) - set(self.names.values())
+        self.unsaid = unsaid(self.names, self.pad, {self.bos, self.eos}, holes)
         self.trims_all = bool(flags.get(_EXTRA_SPACES, 1))
-        self._trims = self.trims_all or bool(flags.get(_DUMMY_PREFIX, 1))
+        self._trims = self.trims_all or self.prefixed
 
-    def ids(self, text: str) -> list[int]:
-        return self._model.encode(text)
+    def ids(self, text: str, *, goes_on: bool) -> list[int]:
+        return (self._later if goes_on else self._model).encode(text)
 
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
+    def spans(self, text: str, *, goes_on: bool) -> list[tuple[int, int, int]]:
         # The serialized answer is the one form that every release has, and its offsets are bytes.
-        answer = self._model.encode(text, out_type="serialized_proto")
+        answer = (self._later if goes_on else self._model).encode(text, out_type="serialized_proto")
         at = _characters(text)
         found: list[tuple[int, int, int]] = []
         for field, start, stop, _ in _fields(answer, 0, len(answer)):
@@ -65,14 +80,28 @@ class SentencePieceBackend:
                 found[i] = (token, *found[i + 1][1:])
         return found
 
+    def pieces(self) -> list[tuple[str, float]] | None:
+        """Pieces and scores by id; None for a model that is no BPE, or does to texts what LLaMA's does not."""
+        told: dict[int, dict[int, tuple[int, int | None]]] = {}
+        for field, start, stop, _ in _fields(self._data, 0, len(self._data)):
+            if field in (_TRAINER, _NORMALIZER):
+                told[field] = {n: (end - begin, value) for n, begin, end, value in _fields(self._data, start, stop)}
+            elif field == _PIECES and self._data.startswith(bytes([_TYPE << 3, _USER_DEFINED]), stop - 2):
+                return None
+        trainer, normalizer = told.get(_TRAINER, {}), told.get(_NORMALIZER, {})
+        rewrites = normalizer.get(_CHARACTERS, (0, None))[0] > 0 or normalizer.get(_EXTRA_SPACES, (0, 1))[1]
+        if rewrites or trainer.get(_MODEL_TYPE, (0, 1))[1] != _BPE:
+            return None
+        return [(self._model.id_to_piece(i), self._model.get_score(i)) for i in range(self._model.get_piece_size())]
+
     def piece(self, token: int, *, first: bool) -> bytes:
         if token >= self._model.get_piece_size():
             return b""
-        if token == self._unknown:
+        if token == self.unknown:
             return " \u2047 ".encode()
         text = self._model.id_to_piece(token)
         if self._model.is_byte(token):
-            return bytes([int(_BYTE.fullmatch(text)[1], 16)])
+            return bytes([int(BYTE.fullmatch(text)[1], 16)])
         if first and self._trims:
             text = text.removeprefix(SPACE)
         return text.replace(SPACE, " ").encode()
@@ -92,7 +121,7 @@ def _retype_markers(data: bytes, added: dict[str, int]) -> tuple[bytes, dict[int
                     text = data[first:last].decode("utf-8")
                 elif number == _TYPE and value == _USER_DEFINED:
                     place = first
-            if place is not None and (_MARKER.fullmatch(text) or text in added):
+            if place is not None and (MARKER.fullmatch(text) or text in added):
                 changed[place] = _CONTROL
     return bytes(changed), flags
 
@@ -131,149 +160,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-class JsonBackend:
-    """A `tokenizer.json` (BPE or unigram). Added tokens that are special or look like markers are control tokens."""
-
-    trims_all = False
-
-    def __init__(self, content: dict[str, Any], beside: dict[str, Any]) -> None:
-        from tokenizers import Tokenizer
-
-        model = content.get("model") or {}
-        kind = model.get("type", "BPE" if "merges" in model else None)
-        if kind not in ("BPE", "Unigram"):
-            raise ValueError(f"its model is {kind}, and only BPE and Unigram are read")
-        self._read_decoder(content)
-        added = content.get("added_tokens") or []
-        vocab = model["vocab"]
-        words = vocab if isinstance(vocab, dict) else {word: i for i, (word, _) in enumerate(vocab)}
-        roles = {beside.get(f"{role}_token") for role in ("bos", "eos", "pad")} - {None}
-        special = [t for t in added if t["special"] or t["content"] in roles or _MARKER.fullmatch(t["content"])]
-        self.names = {text: words[text] for text in roles if text in words} | {t["content"]: t["id"] for t in special}
-        self.hidden = frozenset(self.names.values()) - {t["id"] for t in special if not t["special"]}
-        self.names.pop(_unknown_text(model), None)  # plain text may well be unknown
-        self.bos, self.eos, self.pad = (self._role(role, beside) for role in ("bos", "eos", "pad"))
-        self.size = max([-1, *words.values(), *(t["id"] for t in added)]) + 1
-
-        kept = [t for t in added if t not in special]
-        plain = content | {
-            "model": _without(model, set(self.names)),
-            "added_tokens": kept,
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-        }
-        self._plain = Tokenizer.from_str(json.dumps(plain))
-        # tokenizers numbers added tokens anew when some are gone, so their true ids are put back.
-        self._true = {self._plain.token_to_id(t["content"]): t["id"] for t in kept}
-        self._shown = {t["id"]: t["content"].encode() for t in added}
-
-    def ids(self, text: str) -> list[int]:
-        ids = self._plain.encode(text.replace(_UNTYPED, "\ufffd"), add_special_tokens=False).ids
-        return [self._true.get(i, i) for i in ids] if self._true else ids
-
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
-        found = self._plain.encode(text.replace(_UNTYPED, "\ufffd"), add_special_tokens=False)
-        return [(self._true.get(i, i), *span) for i, span in zip(found.ids, found.offsets, strict=True)]
-
-    def piece(self, token: int, *, first: bool) -> bytes:
-        if token in self._shown:
-            return self._shown[token]
-        text = self._plain.id_to_token(token)
-        if text is None:  # a hole in the numbering
-            return b""
-        if self._byte_level:
-            return _byte_level(text)
-        for old, new in self._replace:
-            text = text.replace(old, new)
-        byte = _BYTE.fullmatch(text) if self._byte_fallback else None
-        if byte:
-            text_bytes = bytes([int(byte[1], 16)])
-        else:
-            text_bytes = text.encode()
-        if first and self._trim:
-            return text_bytes.lstrip(b" ") if self._trim == "all" else text_bytes.removeprefix(b" ")
-        return text_bytes
-
-    def _read_decoder(self, content: dict[str, Any]) -> None:
-        """How pieces become bytes: byte level, or words with a space mark and perhaps byte pieces."""
-        decoder = content.get("decoder") or content.get("pre_tokenizer") or {}
-        steps = decoder.get("decoders") or decoder.get("pretokenizers") or [decoder]
-        self._byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        self._replace: list[tuple[str, str]] = []
-        self._byte_fallback, self._trim = False, ""
-        for step in [] if self._byte_level else steps:
-            kind = step.get("type")
-            if kind == "Replace" and "String" in step["pattern"]:
-                self._replace.append((step["pattern"]["String"], step["content"]))
-            elif kind == "Metaspace":
-                self._replace.append((step["replacement"], " "))
-                prefixed = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-                self._trim = "" if prefixed == "never" else "all"
-            elif kind == "Strip" and step["content"] == " " and step["start"] <= 1 and not step["stop"]:
-                self._trim = "one" if step["start"] else ""
-            elif kind == "ByteFallback":
-                self._byte_fallback = True
-            elif kind != "Fuse":
-                raise ValueError(f"its decoder step {kind} is unknown; ByteLevel, Metaspace and Llama's steps are read")
-
-    def _role(self, role: str, beside: dict[str, Any]) -> int | None:
-        """The id of BOS, EOS or padding: as the folder says, else by the usual names."""
-        said = beside.get(f"{role}_token")
-        if said is not None and said not in self.names:
-            return None
-        usual = [said] if said is not None else [] if beside.get("eos_token") else _USUAL[role]
-        return next((self.names[text] for text in usual if text in self.names), None)
-
-
-_UNTYPED = "\uffff"  # begins the names that control tokens get inside the plain copy; U+FFFF is no character
-_USUAL = {
-    "bos": ["<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"],
-    "eos": ["</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>"],
-    "pad": ["<pad>", "<|finetune_right_pad_id|>", "<|pad|>"],
-}
-
-
-def _unknown_text(model: dict[str, Any]) -> str | None:
-    """The text of the unknown token of a tokenizer.json's model."""
-    if model.get("unk_id") is not None:
-        return model["vocab"][model["unk_id"]][0]
-    return model.get("unk_token")
-
-
-def _without(model: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """The model with control tokens under names that no text can spell, and without merges that lead to them."""
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        return model | {"vocab": [[_UNTYPED + w if w in names else w, score] for w, score in vocab]}
-    if not names & vocab.keys():
-        return model
-    merges = [m for m in model["merges"] if not names & _merged(m)]
-    return model | {"vocab": {_UNTYPED + w if w in names else w: i for w, i in vocab.items()}, "merges": merges}
-
-
-def _merged(merge: str | Sequence[str]) -> set[str]:
-    """Both sides of a merge and what they make."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return {left, right, left + right}
-
-
-def _byte_table() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte: itself where it prints, else the next letter from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTES = _byte_table()
-
-
-def _byte_level(text: str) -> bytes:
-    """Bytes of a byte-level piece; a piece in other letters stands for itself."""
-    try:
-        return bytes([_BYTES[letter] for letter in text])
-    except KeyError:
-        return text.encode()
+def unsaid(names: dict[str, int], pad: int | None, ends: set[int | None], holes: set[int]) -> frozenset[int]:
+    """Ids that no answer can hold: holes of the numbering, padding that ends nothing, and places of pictures."""
+    places = {number for text, number in names.items() if text in _PICTURES}
+    return frozenset(holes | places | ({pad} if pad is not None and pad not in ends else set()))
 
 
 class TiktokenBackend:
@@ -283,7 +173,8 @@ class TiktokenBackend:
     """
 
     trims_all = False
-    _SPLIT = (
+    goes_on: frozenset[str] = frozenset()
+    SPLIT = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
@@ -304,20 +195,22 @@ class TiktokenBackend:
                 raise ValueError(f"line {number} is not base64 and a rank ({error})") from error
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError(f"its {len(ranks)} ranks are not 0 to {len(ranks) - 1}, so lines are missing or doubled")
-        self._model = tiktoken.Encoding("llama3", pat_str=self._SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self._model = tiktoken.Encoding("llama3", pat_str=self.SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self.ranks = ranks
         texts = self._NAMED + [f"reserved_special_token_{i}" for i in range(2, 2 + 256 - len(self._NAMED))]
         self.names = {f"<|{text}|>": len(ranks) + i for i, text in enumerate(texts)}
         self.size = len(ranks) + len(texts)
         self.hidden = frozenset(self.names.values())
         self.bos, self.eos, self.pad = (len(ranks) + i for i in (0, 1, 4))
+        self.unsaid = unsaid(self.names, self.pad, {self.bos, self.eos}, set())
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str, *, goes_on: bool) -> list[int]:
         return [token for part in _parts(text) for token in self._model.encode_ordinary(part)]
 
-    def spans(self, text: str) -> list[tuple[int, int, int]]:
+    def spans(self, text: str, *, goes_on: bool) -> list[tuple[int, int, int]]:
         at = _characters(text)
         found, begin = [], 0
-        for token in self.ids(text):
+        for token in self.ids(text, goes_on=goes_on):
             end = begin + len(self._model.decode_single_token_bytes(token))
             found.append((token, at[begin], at[end - 1] + 1))
             begin = end

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from accessory.data.template import BOS, Control, Part, Picture, Template, Text
-from accessory.data.tokenizer import Tokenizer
+from accessory.data.tokenizer import After, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,46 @@ def encode(
     control token is unknown.
     """
     _check_pictures(parts, slots_per_picture)
-    parts = _pictures_first(parts) if before_bos else parts
+    parts = settle(_pictures_first(parts) if before_bos else parts, tokenizer)
     first_row = [sum(slots_per_picture[:i]) for i in range(len(slots_per_picture))]
     out = Encoded([], [], [], "".join(_shown(part) for part in parts))
     head = 0
+    after: After = ""
     for run in _runs(parts):
         if isinstance(run, Picture):
             count = slots_per_picture[run.index]
             _extend(out, [0] * count, [False] * count, first_row[run.index])
+            after = "picture"
         elif isinstance(run, Control):
-            if run.name == "bos" and tokenizer.bos_id is None:
-                continue
+            after = "bos" if run.name == "bos" and not out.ids else "control"
             if run.name == "bos" and all(slot >= 0 for slot in out.slots):
                 head = len(out.ids) + 1
             _extend(out, [tokenizer.control(run.name)], [run.supervised])
         else:
-            _extend(out, *_encode_run(run, tokenizer))
+            _extend(out, *_encode_run(run, tokenizer, after))
     return Encoded(out.ids, out.slots, out.supervised, out.text, head)
+
+
+def settle(parts: Sequence[Part], tokenizer: Tokenizer) -> list[Part]:
+    """The parts as a tokenizer has them: no BOS where it has none, and markers that it does not know as text."""
+    settled: list[Part] = []
+    for part in parts:
+        if isinstance(part, Control) and part.name == "bos" and tokenizer.bos_id is None:
+            continue
+        if isinstance(part, Control) and part.text and not tokenizer.has(part.name):
+            part = Text(part.name, part.supervised)
+        settled.append(part)
+    return settled
+
+
+def begins_run(parts: Sequence[Part], tokenizer: Tokenizer) -> bool:
+    """Whether a text after these (settled) parts begins a run that the tokenizer puts a space before."""
+    if not parts:
+        return tokenizer.prefixes("")
+    if isinstance(parts[-1], Text):
+        return False
+    bos = len(parts) == 1 and parts[0] == BOS
+    return tokenizer.prefixes("picture" if isinstance(parts[-1], Picture) else "bos" if bos else "control")
 
 
 def truncate_left(encoded: Encoded, *, limit: int) -> Encoded:
@@ -126,14 +149,14 @@ def _runs(parts: Sequence[Part]) -> Iterator[Control | Picture | list[Text]]:
         yield run
 
 
-def _encode_run(run: list[Text], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Ids of one run of text, and which of them touch supervised characters."""
+def _encode_run(run: list[Text], tokenizer: Tokenizer, after: After) -> tuple[list[int], list[bool]]:
+    """Ids of one run of text, and which of them touch supervised characters; after: what stands before it."""
     starts, at = [], 0
     for part in run:
         starts.append(at)
         at += len(part.text)
     ids, supervised = [], []
-    for token, start, stop in tokenizer.spans("".join(part.text for part in run)):
+    for token, start, stop in tokenizer.spans("".join(part.text for part in run), after=after):
         low = bisect.bisect_right(starts, min(start, at - 1)) - 1
         high = bisect.bisect_left(starts, max(stop, start + 1), low + 1)
         ids.append(token)
