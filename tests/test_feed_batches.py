@@ -126,6 +126,12 @@ def test_a_state_of_other_data_or_another_order_is_refused(rows):
             other.restore(state)
 
 
+def test_a_state_of_shuffled_rows_is_not_that_of_rows_in_their_order(rows):
+    state = feed(rows, packing=False).state()
+    with pytest.raises(ValueError, match="shuffle was True, is False"):
+        feed(rows, packing=False, shuffle=False).restore(state)
+
+
 def test_a_ragged_last_step_is_spread_evenly_and_an_idle_rank_gets_nothing_to_learn(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [alpaca(number) for number in range(5)])
     few = corpus(path, cache=tmp_path / "cache")
@@ -191,7 +197,8 @@ def test_best_fit_takes_the_fullest_place_that_has_room():
 def test_batches_go_to_a_device_as_the_model_takes_them(rows):
     (batch,) = next(iter(feed(rows)))
     sent = batch.tensors(torch.device("cpu"))
-    assert list(sent) == ["ids", "positions", "labels", "segments", "slots", "pixels"] and sent["pixels"] is None
+    names = ["ids", "positions", "labels", "segments", "slots", "pixels", "order"]
+    assert list(sent) == names and sent["pixels"] is None
 
 
 def test_no_row_at_all_is_an_error(rows):

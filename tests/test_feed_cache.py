@@ -119,6 +119,14 @@ def test_a_file_that_settled_is_not_read_again(tmp_path, monkeypatch):
     assert same(first, corpus(path, cache=tmp_path / "cache"))
 
 
+def test_a_look_that_cannot_be_remembered_is_a_look(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [alpaca(1)])
+    os.utime(path, (1, 1))
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert survey.survey(path, tmp_path / "cache" / "surveys").rows == 1
+    assert "is not remembered" in caplog.text
+
+
 def test_processes_give_the_same_cache_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "ALONE", 0)
     rows = [alpaca(number, words=number % 40) for number in range(1500)]
@@ -168,9 +176,9 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch)
     path = write_jsonl(tmp_path / "a.jsonl", [alpaca(1)])
     real = build.stretches
 
-    def changing(inputs):
+    def changing(*given):
         write_jsonl(path, [alpaca(2), alpaca(3)])
-        yield from real(inputs)
+        yield from real(*given)
 
     monkeypatch.setattr(build, "stretches", changing)
     with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):

@@ -151,6 +151,7 @@ def test_bad_rows_stop_or_are_counted(tmp_path):
     found = make([path], tmp_path, on_bad_row="skip", packing=False)
     take(found, 1)
     assert found.report["bad"] == 1 and found.report["used"] == 2
+    assert "1 bad" in found.told() and "2 used" in found.told()
 
 
 @pytest.mark.parametrize("text", ["", '{"instruction": "x", "output": ""}\n'])
@@ -168,6 +169,14 @@ def test_pictures_come_along(tmp_path):
     ((batch,),) = take(found, 1)
     assert batch.pixels.shape == (3, 3, 8, 8)
     assert sorted(batch.slots[batch.slots >= 0].tolist()) == list(range(6))
+
+
+def test_a_first_row_is_shown_with_what_is_learned_and_takes_nothing(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x", "output": ""}, alpaca(1), alpaca(2)])
+    found = make([path], tmp_path, on_bad_row="skip")
+    shown = found.example(tokenizer())
+    assert shown.startswith(f"{path}:") and "[[" in shown and not found.report
+    assert any(alpaca(number)["output"] in shown for number in (1, 2))
 
 
 def test_the_next_step_can_be_looked_at(tmp_path):

@@ -1,30 +1,29 @@
 """Pictures from anywhere to RGB, and RGB to what a vision tower takes.
 Knows no tower: size, mean and standard deviation are values that the caller has.
 
-Sizes are checked from the header before a pixel is decoded, and only formats whose decoders stay inside this process
-are tried (PostScript, for one, would start another program).
+torch is imported by what makes pixels alone.
 """
 
 from __future__ import annotations
 
-import io
+import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
-MAX_PIXELS = 89_000_000
-"""Default limit of width x height."""
-MAX_BYTES = 64 << 20
-"""Default limit of a picture file."""
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
-"""Formats that are opened, by Pillow's names."""
+from accessory.data.picture import FORMATS as FORMATS
+from accessory.data.picture import MAX_BYTES, MAX_PIXELS, PictureSource, open_picture
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
 _UPRIGHT = {
@@ -36,35 +35,35 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 Orientation = Literal["keep", "apply"]
 
 
 def load_picture(
-    source: str | Path | bytes | Image.Image,
+    source: PictureSource,
     *,
     orientation: Orientation = "keep",
+    allow_private_urls: bool = False,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
+    cache: str | Path | None = None,
 ) -> Image.Image:
     """A picture as an RGB image of its own; of an animation the first frame, what is transparent on white.
 
-    orientation: "keep" leaves the pixels as stored, "apply" turns them as EXIF says. max_pixels bounds width x height,
-    max_bytes the file. Raises FileNotFoundError for a missing file, and ValueError that names the source for everything
-    else that is no usable picture.
+    source: a path, an http(s) URL, a data: URL, base64 text, bytes, or a Pillow image. orientation: "keep" leaves the
+    pixels as stored, "apply" turns them as EXIF says. The rest, and what is raised: `picture.open_picture`; pixels that
+    cannot be decoded are a ValueError that names the source, too.
     """
     if orientation not in ("keep", "apply"):
         raise ValueError(f"orientation: got {orientation!r}, expected 'keep' or 'apply'; choose one of these")
-    if isinstance(source, Image.Image):
-        name, image = getattr(source, "filename", "") or "picture", source
-    else:
-        name, data = _read(source, max_bytes)
-        image = _open(name, data)
-    width, height = image.size
-    if width * height > max_pixels or not width * height:
-        raise ValueError(
-            f"picture {name}: got {width} x {height} pixels, expected 1 to {max_pixels} in all; "
-            "make it smaller or raise max_pixels"
-        )
+    name, image = open_picture(
+        source, allow_private_urls=allow_private_urls, max_pixels=max_pixels, max_bytes=max_bytes, cache=cache
+    )
     try:
         image.load()
         turned = _UPRIGHT.get(image.getexif().get(_ORIENTATION)) if orientation == "apply" else None
@@ -77,51 +76,40 @@ def load_picture(
         ) from error
 
 
-def _read(source: str | Path | bytes, max_bytes: int) -> tuple[str, bytes]:
-    """The name and the bytes of a source, never more than `max_bytes`."""
-    if isinstance(source, bytes):
-        name, data = "from memory", source
-    else:
-        name = os.fspath(source)
+def picture_size(
+    source: PictureSource,
+    *,
+    orientation: Orientation = "keep",
+    allow_private_urls: bool = False,
+    cache: str | Path | None = None,
+) -> tuple[int, int]:
+    """Width and height that `load_picture` would give, from the header alone; of a file no more than that is read.
+
+    What is raised: `picture.open_picture`.
+    """
+    if isinstance(source, str | Path) and os.path.isfile(source):
         try:
-            path = Path(source)
-            if path.exists() and not path.is_file():
-                kind = "a folder" if path.is_dir() else "no regular file"
-                raise ValueError(f"picture {name}: got {kind}, expected a picture file; name a file")
-            with path.open("rb") as file:
-                data = file.read(max_bytes + 1)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"picture {name}: no such file; check the path") from None
-        except OSError as error:
-            raise ValueError(f"picture {name}: cannot be read ({error.strerror or error}); check the path") from error
-        except ValueError as error:
-            if str(error).startswith("picture "):
-                raise
-            raise ValueError(f"picture {name!r}: is no path ({error}); check the path") from error
-    if len(data) > max_bytes:
-        raise ValueError(f"picture {name}: got more than {max_bytes} bytes; make it smaller or raise max_bytes")
-    if not data:
-        raise ValueError(f"picture {name}: got an empty file, expected a picture; save or fetch it again")
-    return name, data
-
-
-def _open(name: str, data: bytes) -> Image.Image:
-    """Read the header of an encoded picture."""
-    Image.init()
-    formats = [known for known in FORMATS if known in Image.OPEN]
+            with warnings.catch_warnings():  # between its warning and its error lie sizes that are judged here
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN]) as image:
+                    return _size(image, orientation)
+        except Exception as error:  # whatever a damaged header makes decoders raise; said below, with the source
+            log.debug("%s: %s", source, error)
+    name, image = open_picture(source, allow_private_urls=allow_private_urls, cache=cache)
     try:
-        with warnings.catch_warnings():  # between its warning and its error lie sizes that the caller judges
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"picture {name}: {error}; make it smaller") from error
-    except Image.UnidentifiedImageError as error:
-        drawing = b"<svg" in data[:4096].lower()
-        found = "an SVG drawing, not pixels" if drawing else "a file that is none of " + ", ".join(formats)
-        remedy = "save it as PNG" if drawing else "convert it to PNG, or fetch it again if it should be a picture"
-        raise ValueError(f"picture {name}: got {found}; {remedy}") from error
-    except Exception as error:  # a damaged header, or text chunks beyond Pillow's limits
-        raise ValueError(f"picture {name}: its header cannot be read ({error}); save or fetch it again") from error
+        return _size(image, orientation)
+    except Exception as error:
+        raise ValueError(f"picture {name}: its EXIF cannot be read ({error}); save or fetch it again") from error
+
+
+def _size(image: Image.Image, orientation: Orientation) -> tuple[int, int]:
+    """The size of a picture that was opened, turned where its EXIF is to be applied."""
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise ValueError(f"got {image.width} x {image.height} pixels, expected 1 to {MAX_PIXELS} in all")
+    if orientation == "keep" or image.format == "TIFF":  # Pillow turns TIFFs by itself, in their headers too
+        return image.size
+    turned = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    return image.size if turned not in _SIDEWAYS else (image.height, image.width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -153,8 +141,8 @@ def _to_bytes(grey: np.ndarray) -> np.ndarray:
     return np.round(values).astype(np.uint8)
 
 
-TRANSFORMS = ("random_resized_crop", "resized_center_crop", "padded_resize")
-Transform = Callable[..., torch.Tensor]
+TRANSFORMS = ("random_resized_crop", "resized_center_crop", "padded_resize", "clip_center_crop")
+Transform = Callable[..., "torch.Tensor"]
 
 
 def transform(name: str, *, size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -163,24 +151,32 @@ def transform(name: str, *, size: int, mean: Sequence[float], std: Sequence[floa
     random_resized_crop: a crop of 90-100 % of the area at an aspect of 3:4 to 4:3, stretched to the square (training);
     its dice are the generator's, else torch's own. resized_center_crop: the shorter side to `size`, then the middle.
     padded_resize: the whole picture on a square of the mean colour. All are bicubic, and equal torchvision's.
+    clip_center_crop: resized_center_crop as CLIP's own processor rounds, up and to the left.
     """
     crops = {
         "random_resized_crop": _random_resized_crop,
         "resized_center_crop": _resized_center_crop,
         "padded_resize": _padded_resize,
+        "clip_center_crop": _clip_center_crop,
     }
     if name not in crops:
         raise ValueError(f"image_transform: got {name!r}, expected one of {', '.join(crops)}; choose one of these")
     crop = crops[name]
     colour = tuple(int(value * 255) for value in mean)
-    shift, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
     def apply(image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
-        square = crop(image, size, colour, generator)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-        return pixels.to(torch.float32).div_(255).sub_(shift).div_(scale)
+        return to_pixels(crop(image, size, colour, generator), mean=mean, std=std)
 
     return apply
+
+
+def to_pixels(image: Image.Image, *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """RGB as float32 [3, height, width], (x / 255 - mean) / std."""
+    import torch
+
+    shift, scale = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32).div_(255).sub_(shift).div_(scale)
 
 
 Colour = tuple[int, ...]
@@ -200,6 +196,8 @@ def _random_box(
     width: int, height: int, generator: torch.Generator | None, *, area: float = 0.9, narrow: float = 0.75
 ) -> tuple[int, int, int, int]:
     """(left, top, width, height). Dice are cast in torchvision's order, so that equal seeds give equal crops."""
+    import torch
+
     wide = 1.3333
     logs = torch.log(torch.tensor((narrow, wide)))
     for _ in range(10):
@@ -219,9 +217,19 @@ def _resized_center_crop(
     image: Image.Image, size: int, colour: Colour, generator: torch.Generator | None
 ) -> Image.Image:
     """The shorter side to `size`, then the middle square."""
+    return _middle(image, size, lambda surplus: round(surplus / 2))
+
+
+def _clip_center_crop(image: Image.Image, size: int, colour: Colour, generator: torch.Generator | None) -> Image.Image:
+    """The same, half a pixel to the left of the middle or above it where the surplus is odd."""
+    return _middle(image, size, lambda surplus: surplus // 2)
+
+
+def _middle(image: Image.Image, size: int, half: Callable[[int], int]) -> Image.Image:
+    """The shorter side to `size`, then the square that begins at half of the surplus."""
     short, long = min(image.size), max(image.size)
     length = int(size * long / short)
-    start = round((length - size) / 2)
+    start = half(length - size)
     landscape = image.width > image.height
     if length * size > _LARGEST_STRIP:  # only the part that is kept is computed; the rounding differs
         box = (start * long / length, 0, (start + size) * long / length, short)

@@ -7,12 +7,15 @@ which only tokenise start without it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from accessory.data.feed.sources import FeedConfig, Source, read_sources
+from accessory.data.feed.named import read_sources
+from accessory.data.feed.sources import FeedConfig, Source
 
 if TYPE_CHECKING:
     from accessory.data.feed.batches import Batch
     from accessory.data.feed.corpus import Conversation, Corpus, Row, open_corpus
     from accessory.data.feed.deal import Feed
+    from accessory.data.feed.rows import RawRow, Rows, open_rows
+    from accessory.data.feed.split import held_out
     from accessory.data.feed.stream import Stream
 
 _HOMES = {
@@ -22,6 +25,10 @@ _HOMES = {
     "Corpus": "accessory.data.feed.corpus",
     "Row": "accessory.data.feed.corpus",
     "open_corpus": "accessory.data.feed.corpus",
+    "RawRow": "accessory.data.feed.rows",
+    "Rows": "accessory.data.feed.rows",
+    "open_rows": "accessory.data.feed.rows",
+    "held_out": "accessory.data.feed.split",
     "Stream": "accessory.data.feed.stream",
 }
 
@@ -31,10 +38,14 @@ __all__ = [
     "Corpus",
     "Feed",
     "FeedConfig",
+    "RawRow",
     "Row",
+    "Rows",
     "Source",
     "Stream",
+    "held_out",
     "open_corpus",
+    "open_rows",
     "read_sources",
 ]
 

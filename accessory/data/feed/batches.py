@@ -36,7 +36,7 @@ class Batch:
     """Into all feature rows of this micro-batch, -1 where there is none; for an adapter's prompt (config.slots 0) the
     number of the row's picture. None without pictures."""
     pixels: Tensor | None
-    """[N, 3, size, size]"""
+    """[tiles, 3, size, size], those of each picture together"""
     targets: int
     """Positions that have a label."""
     tokens: int
@@ -45,10 +45,12 @@ class Batch:
     """file:row number of all that is in it."""
     skipped: list[str] = field(default_factory=list)
     """Rows whose picture cannot be read: they stand there with a blank one, and nothing of them is learned."""
+    order: Tensor | None = None
+    """int64: which rows of the stack of all tiles are the feature rows (`data.tiles`); None: all, as they stand."""
 
     def tensors(self, device: torch.device) -> dict[str, Tensor | None]:
         """The model's inputs, on a device."""
-        names = ("ids", "positions", "labels", "segments", "slots", "pixels")
+        names = ("ids", "positions", "labels", "segments", "slots", "pixels", "order")
         given = {name: getattr(self, name) for name in names}
         return {name: None if value is None else value.to(device, non_blocking=True) for name, value in given.items()}
 
@@ -71,7 +73,7 @@ def collate(sequences: Sequence[Sequence[Row]], config: FeedConfig, seen: Seen |
     shape = (max(1, len(sequences)), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels, segments, slots = np.full(shape, IGNORED), np.full(shape, -1), np.full(shape, -1)
-    done, skipped = 0, list[str]()
+    done, filled, skipped = 0, 0, list[str]()
     for at, rows in enumerate(sequences):
         start, document, own, failed = 0, 0, 0, list[str]()
         for row in rows:
@@ -80,7 +82,7 @@ def collate(sequences: Sequence[Sequence[Row]], config: FeedConfig, seen: Seen |
             later = np.where(row.supervised[1:], row.ids[1:], IGNORED)
             goes_on = row.shared if start else 0
             if not goes_on:
-                own = done
+                own = filled
                 failed = [seen.failed[n] for n in range(done, done + len(row.pictures)) if n in seen.failed]
             skipped += [f"{row.where}: as {failed[0]}" if goes_on else failed[0]] if failed else []
             labels[at, start : end - 1] = IGNORED if failed else later
@@ -91,13 +93,16 @@ def collate(sequences: Sequence[Sequence[Row]], config: FeedConfig, seen: Seen |
             if not goes_on:
                 segments[at, start : start + row.shared] = 0
             if config.slots:
-                slots[at, start:end] = np.where(row.slots >= 0, row.slots + own * config.slots, -1)
+                slots[at, start:end] = np.where(row.slots >= 0, row.slots + own, -1)
             elif row.pictures:
                 slots[at] = done
             done += len(row.pictures)
+            filled += sum(config.geometry.count(row.sizes))
             start = end
         if not several:
             positions[at, start:] = np.arange(start, width)
+    sizes = [size for rows in sequences for row in rows for size in row.sizes]
+    order = None if seen is None else config.geometry.order(sizes)
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
@@ -109,4 +114,5 @@ def collate(sequences: Sequence[Sequence[Row]], config: FeedConfig, seen: Seen |
         tokens=sum(lengths),
         rows=[row.where for rows in sequences for row in rows],
         skipped=skipped,
+        order=None if order is None else torch.from_numpy(order),
     )

@@ -17,19 +17,20 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from accessory.data.feed.files import read_rows
-from accessory.data.feed.sources import FeedConfig, Source, files_of
+from accessory.data.feed.ahead import Scout
+from accessory.data.feed.choose import File, kept, stretches
+from accessory.data.feed.sources import FeedConfig, files_of
 from accessory.data.feed.store import Store, StoreWriter, open_store
 from accessory.data.feed.survey import Survey
 from accessory.data.feed.tokenise import Stretch, Tokenised, Tokeniser, remedy
 from accessory.data.feed.workers import Workers
+from accessory.data.picture import kind_of
 from accessory.data.template import get_template
 from accessory.data.tokenizer import Tokenizer
 
@@ -46,29 +47,19 @@ COUNTS = (
     "documents_cut",
     "turns_left_out",
     "places_as_text",
+    "fields_not_listed",
     "pictures",
     "positions",
     "targets",
 )
 SHOWN = 20  # refused rows that are named
+ASKED = 3  # pictures whose host gave no answer that are tried when the cache is opened
 DAY = 86400.0  # seconds
 KEPT = 90 * DAY  # for so long a cache that no run opens stays
 ALONE = 2 << 20  # bytes of data up to which other processes are not worth their start
-_CODE = ("files", "records", "fit", "tokenise", "build", "store", "sources", "survey")
-_BESIDE = ("template", "encode", "tokenizer", "backends")
-_PICTURES = ("pictures", "slots", "names", "name_ends")
-
-
-@dataclass(frozen=True)
-class File:
-    """A data file, how it is read, and what a look at it found."""
-
-    path: Path
-    source: Source
-    """With its root."""
-    survey: Survey
-    number: int
-    """Of its source."""
+_CODE = ("choose", "files", "columns", "records", "fit", "tokenise", "build", "split", "store", "sources", "survey")
+_BESIDE = ("template/forms", "template/render", "encode", "tokenizer", "backends", "tokenizer_json", "tiles")
+_PICTURES = ("pictures", "slots", "widths", "heights", "names", "name_ends")
 
 
 @dataclass
@@ -81,7 +72,7 @@ class Inputs:
     key: str
     """Hash of all that decides the numbers."""
     keep: dict[Path, np.ndarray] = field(default_factory=dict)
-    """Which rows of a packed file are used, where not all are."""
+    """How often each row of a packed file is used (0 or 1), where not every one is."""
     report: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
 
     def told(self) -> str:
@@ -115,8 +106,9 @@ def open_inputs(config: FeedConfig, tokenizer: Tokenizer) -> tuple[Inputs, list[
     ]
     plain = [file for file in files if file.survey.kind != "packed"]
     inputs = Inputs(config, plain, _key(config, plain, tokenizer))
-    stores = [_open_packed(file, inputs, tokenizer) for file in files if file.survey.kind == "packed"]
-    return inputs, stores
+    packed = [file for file in files if file.survey.kind == "packed"]
+    pairs = zip(packed, kept(packed, config), strict=True)
+    return inputs, [_open_packed(file, keep, inputs, tokenizer) for file, keep in pairs]
 
 
 def read_or_build(inputs: Inputs, tokenizer: Tokenizer) -> Store | None:
@@ -124,7 +116,7 @@ def read_or_build(inputs: Inputs, tokenizer: Tokenizer) -> Store | None:
     if not inputs.files:
         return None
     path = cache_home(inputs.config) / f"{inputs.key[:32]}.rows"
-    store = _read(path)
+    store = _read(path, inputs.config)
     if store is None:
         try:
             _build(path, inputs, tokenizer)
@@ -152,47 +144,6 @@ def read_or_build(inputs: Inputs, tokenizer: Tokenizer) -> Store | None:
     return store
 
 
-def stretches(inputs: Inputs) -> Iterator[Stretch]:
-    """The parts of all files that are used; ratio and max_samples leave rows out."""
-    config = inputs.config
-    left: dict[int, int] = {}
-    for index, (file, keep) in enumerate(zip(inputs.files, _kept(inputs.files, config), strict=True)):
-        ends = [*(span.number for span in file.survey.spans[1:]), file.survey.rows + 1]
-        for span, end in zip(file.survey.spans, ends, strict=False):
-            part = None if keep is None else keep[span.number - 1 : end - 1]
-            stretch = Stretch(index, file.source, file.survey, span, part)
-            if config.max_samples is None:
-                yield stretch
-                continue
-            room = left.setdefault(file.number, config.max_samples)
-            if not room:
-                break
-            part = np.ones(end - span.number, bool) if part is None else part.copy()
-            taken = 0
-            for raw in read_rows(file.path, span):
-                place = raw.number - span.number
-                part[place] &= taken < room
-                taken += int(part[place])
-            left[file.number] = room - taken
-            yield replace(stretch, keep=part)
-
-
-def _kept(files: list[File], config: FeedConfig) -> list[np.ndarray | None]:
-    """For each file which of its row numbers `ratio` keeps: a sample of all rows of its source."""
-    kept: list[np.ndarray | None] = [None] * len(files)
-    for number, source in enumerate(config.sources):
-        own = [index for index, file in enumerate(files) if file.number == number]
-        if source.ratio == 1 or not own:
-            continue
-        ends = np.cumsum([files[index].survey.rows for index in own])
-        chosen = np.zeros(ends[-1], bool)
-        dice = np.random.default_rng([config.seed, number])
-        chosen[dice.choice(int(ends[-1]), round(source.ratio * int(ends[-1])), replace=False)] = True
-        for index, end in zip(own, ends, strict=True):
-            kept[index] = chosen[end - files[index].survey.rows : end]
-    return kept
-
-
 def _survey(paths: list[Path], config: FeedConfig, tokenizer: Tokenizer) -> list[Survey]:
     """Look at all files, several at a time."""
     memory = cache_home(config) / "surveys"
@@ -208,7 +159,7 @@ def _survey(paths: list[Path], config: FeedConfig, tokenizer: Tokenizer) -> list
     return found
 
 
-def _open_packed(file: File, inputs: Inputs, tokenizer: Tokenizer) -> Store:
+def _open_packed(file: File, keep: np.ndarray | None, inputs: Inputs, tokenizer: Tokenizer) -> Store:
     """Open a packed file and count it."""
     config = inputs.config
     store = open_store(file.path, verify=False)
@@ -220,12 +171,13 @@ def _open_packed(file: File, inputs: Inputs, tokenizer: Tokenizer) -> Store:
         )
     if config.stage != "pt":
         raise ValueError(f"{file.path}: holds packed text, which is learned whole; set stage to pt")
-    keep = _kept([file], config)[0]
+    if keep is not None and keep.max(initial=0) > 1:
+        raise ValueError(f"{file.path}: got {file.source.samples} samples of {len(store)} packed rows; ask for fewer")
     if config.max_samples is not None:
-        keep = np.ones(len(store), bool) if keep is None else keep
-        keep = keep & (np.cumsum(keep) <= config.max_samples)
+        keep = np.ones(len(store), np.int64) if keep is None else keep
+        keep = keep * (np.cumsum(keep) <= config.max_samples)
     if keep is not None:
-        inputs.keep[store.path] = keep
+        inputs.keep[store.path] = keep.astype(bool)
     rows = len(store) if keep is None else int(keep.sum())
     inputs.report.update(read=rows, used=rows)
     return store
@@ -233,13 +185,28 @@ def _open_packed(file: File, inputs: Inputs, tokenizer: Tokenizer) -> Store:
 
 def _key(config: FeedConfig, files: list[File], tokenizer: Tokenizer) -> str:
     """A hash of all that decides the numbers."""
-    drawn = any(file.source.ratio < 1 or file.source.preprocess == "caption" for file in files)
+    dice = any(
+        file.source.ratio < 1 or file.source.samples is not None or file.source.preprocess == "caption"
+        for file in files
+    )
     names = {file.source.prompt_type or config.template for file in files} | {"caption"}
-    settings = ("stage", "template", "cutoff_len", "overlong", "on_bad_row", "max_samples", "slots", "before_bos")
+    settings = (
+        "stage",
+        "template",
+        "default_system",
+        "cutoff_len",
+        "overlong",
+        "on_bad_row",
+        "max_samples",
+        "slots",
+        "before_bos",
+    )
     sources = [asdict(file.source) | {"path": ""} | ({} if config.pictures else {"root": ""}) for file in files]
     told = {
-        "settings": {name: getattr(config, name) for name in (*settings, "pictures", "column")},
-        "seed": config.seed if drawn else None,
+        "settings": {name: getattr(config, name) for name in (*settings, "pictures", "allow_private_urls", "column")},
+        "geometry": config.geometry.counts(),
+        "orientation": config.orientation if config.geometry.varies else None,
+        "seed": config.seed if dice else None,
         "templates": {name: repr(get_template(name)) for name in sorted(names)} if config.stage == "sft" else {},
         "files": [[file.survey.sha256, file.survey.kind, file.number] for file in files],
         "sources": sources,
@@ -256,7 +223,7 @@ def _code() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def _read(path: Path) -> Store | None:
+def _read(path: Path, config: FeedConfig) -> Store | None:
     """The cache if it is there, whole, and still true of the pictures that were missing."""
     if not path.exists():
         return None
@@ -267,10 +234,25 @@ def _read(path: Path) -> Store | None:
     except (ValueError, KeyError, OSError) as error:
         log.warning("the cache %s is damaged and made again: %s", path, error)
         return None
-    if any(os.path.isfile(picture) for picture in missing):
+    if any(_is_there(picture, config) for picture in _few_hosts(missing)):
         log.info("pictures that were missing are there now: tokenising again")
         return None
     return store
+
+
+def _is_there(name: str, config: FeedConfig) -> bool:
+    """Whether a picture that was not there is there now."""
+    try:
+        Scout(config).look(name)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _few_hosts(missing: list[str]) -> list[str]:
+    """All missing files, and of the URLs that gave no answer the first ones: a network is there, or it is not."""
+    urls = [name for name in missing if kind_of(name) == "url"]
+    return [*(name for name in missing if kind_of(name) == "path"), *urls[:ASKED]]
 
 
 def _build(path: Path, inputs: Inputs, tokenizer: Tokenizer) -> None:
@@ -285,7 +267,7 @@ def _build(path: Path, inputs: Inputs, tokenizer: Tokenizer) -> None:
         gathered = _Gathered(writer, inputs)
         with Workers(Tokeniser, (replace(config, sources=()), tokenizer), processes(config, size)) as workers:
             bar = tqdm(total=size, desc="tokenising", unit="B", unit_scale=True, disable=None)
-            for stretch, done in workers.map(stretches(inputs), lambda stretch: stretch, _name):
+            for stretch, done in workers.map(stretches(inputs.files, config), lambda stretch: stretch, _name):
                 gathered.add(stretch, done)
                 bar.update(stretch.survey.size // len(stretch.survey.spans))
             bar.close()
@@ -323,7 +305,21 @@ class _Gathered:
             ends = self.ends[name] + np.cumsum(arrays[lengths])
             self.ends[name] = int(ends[-1]) if len(ends) else self.ends[name]
             self.writer.append(name, ends.astype(np.int64))
-        for name in ("ids", "learn", "targets", "files", "numbers", "places", "slots", "names"):
+        if "ordinals" in arrays:
+            arrays["ordinals"] += self.counts["read"]
+        for name in (
+            "ids",
+            "learn",
+            "targets",
+            "files",
+            "numbers",
+            "places",
+            "ordinals",
+            "slots",
+            "widths",
+            "heights",
+            "names",
+        ):
             if name in arrays:
                 self.writer.append(name, arrays[name])
         self.counts.update(done.counts)
@@ -344,7 +340,8 @@ class _Gathered:
             "refused": json.dumps(self.refused),
             "missing": json.dumps(self.missing),
             "tokenizer": tokenizer.digest,
-            "content": self.writer.digest("ids", "learn", "starts", "slots") + self.tails.hexdigest(),
+            "content": self.writer.digest("ids", "learn", "starts", "slots", "widths", "heights")
+            + self.tails.hexdigest(),
         }
         self.writer.finish(path, metadata)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from accessory.data.feed.files import Bad, Span, parse, read_rows
 from accessory.data.feed.records import to_sample
 from accessory.data.feed.share import Beginnings, find_beginnings
 from accessory.data.feed.sources import FeedConfig
+from accessory.data.feed.split import held_out
 from accessory.data.feed.store import Store
 from accessory.data.feed.survey import check_unchanged
 from accessory.data.feed.tokenise import cut
 from accessory.data.template import Turn
+from accessory.data.tiles import lay
 from accessory.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class Row:
     """int64, positions at which its documents begin: 0, and more in packed files."""
     index: int
     """In the whole corpus, whatever the view."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of its pictures; (1, 1) where these decide nothing."""
     shared: int = 0
     """Positions at its beginning that the rows behind it in its sequence see too; of a row behind, which is given
     without them: positions of the beginning that it goes on from."""
@@ -79,6 +84,12 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def tile_count(self) -> int:
+        """Tiles of all pictures."""
+        geometry = self._inputs.config.geometry
+        return self._count_pictures(lambda size: geometry.tiles(*size)) if geometry.varies else self.picture_count
+
     @property
     def has_pictures(self) -> bool:
         """Whether any row has one."""
@@ -95,27 +106,27 @@ class Corpus:
 
     def row(self, index: int) -> Row:
         """The row at a place of this view; its arrays are copies."""
-        whole, store, place = self._find(index)
+        whole, store, at = self._find(index)
         table, config = self._tables[store], self._inputs.config
-        begin, end, row = int(table.begins[place]), int(table.ends[place]), table.row(place)
+        begin, end, row = int(table.begins[at]), int(table.ends[at]), table.row(at)
         arrays = self._stores[store].arrays
         learn = arrays["learn"][begin:end].astype(bool) if "learn" in arrays else np.ones(end - begin, bool)
         names = self._stores[store].names(row)
-        slots = np.full(end - begin, -1, np.int32)
+        sizes, starts, counts = self._stores[store].sizes(row), (), ()
         if names and config.slots:
             first, last = arrays["pictures"][row : row + 2]
-            for number, at in enumerate(arrays["slots"][first:last]):
-                slots[at : at + config.slots] = np.arange(config.slots) + number * config.slots
+            starts, counts = arrays["slots"][first:last].tolist(), config.geometry.count(sizes)
         documents = self._stores[store].documents(row) if table.whole else np.zeros(1, np.int64)
         learn[documents] = False  # nothing stands before them
         return Row(
             ids=arrays["ids"][begin:end].astype(np.int32),
             supervised=learn,
-            slots=slots,
+            slots=lay(end - begin, starts, counts),
             pictures=tuple(names),
             where=self._where(store, row),
             documents=documents,
             index=whole,
+            sizes=tuple(sizes),
         )
 
     def where(self, index: int) -> str:
@@ -126,48 +137,29 @@ class Corpus:
     def beginnings(self) -> Beginnings:
         """Which rows of this view begin alike, with one picture."""
         parts = [(store, table.rows, table.begins) for store, table in zip(self._stores, self._tables, strict=True)]
-        found = find_beginnings(parts, slots=self._inputs.config.slots)
+        geometry = self._inputs.config.geometry
+        found = find_beginnings(parts, counts=lambda store: geometry.count(store.sizes()) if geometry.each else [])
         return found if self._chosen is None else Beginnings(found.groups[self._chosen], found.lengths[self._chosen])
 
     def split(self, amount: float, seed: int) -> tuple[Corpus, Corpus]:
-        """(training, validation): drawn by the seed, `amount` rows or, below 1, that share of them are for validation.
+        """(training, validation): of the rows that were read, `held_out` draws those for validation.
 
-        Rows that come from one row of a file, as parts of a long document, stay together; so there may be a few more.
+        amount: rows, or below 1 a share of them; those that gave nothing (bad, too long) count. Rows that come from one
+        row of a file, as parts of a long document, stay together. `rows.open_rows` finds the same rows again.
         """
-        count = round(amount * len(self)) if amount < 1 else int(amount)
-        if not 0 < count < len(self):
+        held = np.isin(self._ordinals(), held_out(self.report["read"], amount, seed))
+        if held.all() or not held.any():
+            side = "validation" if held.any() else "training"
             raise ValueError(
-                f"val_size: got {amount:g} of {len(self)} rows, expected at least 1 and fewer than all; change it"
-            )
-        groups = self._groups()
-        order = np.random.default_rng([seed, 0x5B17]).permutation(int(groups[-1]) + 1)
-        sizes = np.cumsum(np.bincount(groups)[order])
-        taken = order[: int(np.searchsorted(sizes, count)) + 1]
-        held = np.isin(groups, taken)
-        if held.all():
-            raise ValueError(
-                f"val_size: got {amount:g} of {len(self)} rows that are one document; name an eval_dataset"
+                f"val_size: got {amount:g} of {self.report['read']} rows, of which only those for {side} can be used;"
+                " name an eval_dataset"
             )
         return self._view(np.flatnonzero(~held)), self._view(np.flatnonzero(held))
 
     def example(self, index: int, tokenizer: Tokenizer) -> str:
         """A row for human eyes: control tokens by name, pictures as <picture 0>, what is learned between [[ and ]]."""
-        row, each = self.row(index), self._inputs.config.slots or 1
-        shown, run = "", list[int]()
-        learned, fresh = False, True
-        for at, token in enumerate(row.ids.tolist()):
-            name = tokenizer.control_name(token)
-            if row.slots[at] >= 0:
-                name = "" if row.slots[at] % each else f"<picture {row.slots[at] // each}>"
-            if run and (name is not None or row.supervised[at] != learned):
-                shown, run, fresh = shown + tokenizer.decode(run, opening=fresh), [], name is not None
-            if row.supervised[at] != learned:
-                shown, learned = shown + ("]]" if learned else "[["), not learned
-            if name is None:
-                run.append(token)
-            else:
-                shown, fresh = shown + name, True
-        return shown + tokenizer.decode(run, opening=fresh) + ("]]" if learned else "")
+        row = self.row(index)
+        return show(row, tokenizer, counts=self._inputs.config.geometry.count(row.sizes))
 
     def conversation(self, index: int, config: FeedConfig | None = None) -> Conversation:
         """The turns of a row, read from its file again; nothing is shortened. ValueError for plain text."""
@@ -183,6 +175,7 @@ class Corpus:
         if isinstance(value, Bad):
             raise ValueError(f"{self.where(index)}: {value.reason}; the file was changed since it was tokenised")
         sample = to_sample(value, file.source, seed=config.seed, number=span.number)
+        sample = sample.begun(config.default_system, file.source)
         template = file.source.prompt_type or ("caption" if file.source.preprocess == "caption" else config.template)
         return Conversation(tuple(sample.turns), tuple(self._stores[store].names(row)), template, self.where(index))
 
@@ -205,27 +198,34 @@ class Corpus:
             return f"{self._stores[store].path}:{row + 1}"
         return f"{self._inputs.files[int(arrays['files'][row])].path}:{arrays['numbers'][row]}"
 
-    def _groups(self) -> np.ndarray:
-        """For each row of this view a number that rows from one row of a file share; numbers rise by 0 or 1."""
-        keys = []
-        for number, (store, table) in enumerate(zip(self._stores, self._tables, strict=True)):
-            arrays, rows = store.arrays, table.rows
-            first, second = (arrays["files"][rows], arrays["numbers"][rows]) if "files" in arrays else (0 * rows, rows)
-            keys.append(np.stack([np.full(len(rows), number), first, second]))
-        joined = np.concatenate(keys, axis=1)
-        joined = joined if self._chosen is None else joined[:, self._chosen]
-        return np.concatenate([[0], np.cumsum((np.diff(joined, axis=1) != 0).any(axis=0))])
+    def _ordinals(self) -> np.ndarray:
+        """For each row of this view its number among the rows that were read, over all sources."""
+        found, read = [np.zeros(0, np.int64)], self.report["read"]
+        packed = [store for store in self._stores if "ordinals" not in store.arrays]
+        tables = {store.path: table for store, table in zip(self._stores, self._tables, strict=True)}
+        first = read - sum(len(np.unique(tables[store.path].rows)) for store in packed)
+        for store, table in zip(self._stores, self._tables, strict=True):
+            if "ordinals" in store.arrays:
+                found.append(np.asarray(store.arrays["ordinals"])[table.rows])
+                continue
+            _, own = np.unique(table.rows, return_inverse=True)
+            found.append(own + first)
+            first += int(own[-1]) + 1 if len(own) else 0
+        joined = np.concatenate(found)
+        return joined if self._chosen is None else joined[self._chosen]
 
     def _view(self, places: np.ndarray) -> Corpus:
         """Some rows of this view, by their places in it."""
         return Corpus(self._inputs, self._stores, places if self._chosen is None else self._chosen[places])
 
-    def _count_pictures(self) -> int:
-        """Pictures of all rows of this view."""
-        counts = [
-            np.diff(store.arrays["pictures"])[table.rows] if "pictures" in store.arrays else np.zeros(len(table), int)
-            for store, table in zip(self._stores, self._tables, strict=True)
-        ]
+    def _count_pictures(self, weight: Callable[[tuple[int, int]], int] | None = None) -> int:
+        """Pictures of all rows of this view, or the sum of their weights by their sizes."""
+        counts = [np.zeros(0, np.int64)]
+        for store, table in zip(self._stores, self._tables, strict=True):
+            ends = store.arrays.get("pictures", np.zeros(len(store) + 1, np.int64))
+            if weight is not None:
+                ends = np.cumsum([0, *map(weight, store.sizes())])[ends]
+            counts.append(np.diff(ends)[table.rows])
         joined = _joined(counts)
         return int((joined if self._chosen is None else joined[self._chosen]).sum())
 
@@ -286,6 +286,26 @@ def _targets(store: Store, table: _Table) -> np.ndarray:
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Arrays one behind the other."""
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def show(row: Row, tokenizer: Tokenizer, *, counts: Sequence[int]) -> str:
+    """A row for human eyes (see `Corpus.example`); counts: slots of each of its pictures."""
+    firsts = {first: number for number, first in enumerate(accumulate([0, *counts[:-1]]))}
+    shown, run = "", list[int]()
+    learned, fresh = False, True
+    for at, token in enumerate(row.ids.tolist()):
+        name = tokenizer.control_name(token)
+        if row.slots[at] >= 0:
+            name = f"<picture {firsts[row.slots[at]]}>" if row.slots[at] in firsts else ""
+        if run and (name is not None or row.supervised[at] != learned):
+            shown, run, fresh = shown + tokenizer.decode(run, opening=fresh), [], name is not None
+        if row.supervised[at] != learned:
+            shown, learned = shown + ("]]" if learned else "[["), not learned
+        if name is None:
+            run.append(token)
+        else:
+            shown, fresh = shown + name, True
+    return shown + tokenizer.decode(run, opening=fresh) + ("]]" if learned else "")
 
 
 def open_corpus(config: FeedConfig, tokenizer: Tokenizer) -> Corpus:

@@ -94,6 +94,7 @@ class Feed:
             "taken": self.taken,
             "skipped": self.skipped,
             "seed": self.seed,
+            "shuffle": self.shuffle,
             "sequences": self.sequences,
             "shared": self._beginnings is not None,
             "fingerprint": self.corpus.fingerprint,
@@ -102,12 +103,12 @@ class Feed:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state. ValueError where what decides the order of rows is not what it was."""
         own = self.state()
-        for name in ("fingerprint", "seed", "sequences", "shared"):
+        for name in ("fingerprint", "seed", "shuffle", "sequences", "shared"):
             now = own[name]
             if state.get(name, now) != now:
                 raise ValueError(
                     f"resume: the rows or their order are not the checkpoint's ({name} was {str(state[name])[:12]}, is"
-                    f" {str(now)[:12]}); give the same data, seed, cutoff_len, packing and"
+                    f" {str(now)[:12]}); give the same data, seed, cutoff_len, packing, disable_shuffling and"
                     " share_pictures, or begin in another folder"
                 )
         self.epoch, self.taken, self.skipped = int(state["epoch"]), int(state["taken"]), int(state.get("skipped", 0))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from accessory.data.feed.sources import kind_of
 
@@ -38,7 +38,7 @@ class Raw:
     number: int
     """Line (jsonl, txt: the first one), element (json) or record (csv, parquet), from 1 on."""
     place: int
-    """Where it begins: a byte (jsonl, json, txt) or the number of rows before it."""
+    """Where it begins: a byte, or in a parquet file the number of rows before it."""
     value: Any
     cut: bool = False
     """Whether it goes on in the next row: a txt document beyond LONGEST_TEXT."""
@@ -222,15 +222,20 @@ def _map(path: Path) -> mmap.mmap:
 def _csv(path: Path, span: Span) -> Iterator[Raw]:
     """Comma- or tab-separated records under a line of names."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open("rb", buffering=BLOCK) as file:
+        lines = _CsvLines(file)
         head = file.readline()
         file.seek(0)
-        reader = csv.reader(file, delimiter="\t" if "\t" in head else ",", strict=True)
+        delimiter = "\t" if b"\t" in head else ","
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise ValueError(f"{path}: names a column twice in {', '.join(names)}; rename one")
-        index = 0
-        while True:
+        if span.begin:
+            lines.seek(span.begin)
+        number = span.number
+        while span.end is None or lines.place < span.end:
+            place = lines.place
             try:
                 values = next(reader, None)
             except csv.Error as error:
@@ -240,13 +245,33 @@ def _csv(path: Path, span: Span) -> Iterator[Raw]:
                 if values is None:
                     return
                 record = _record(names, values)
-            if span.end is not None and index >= span.end:
-                return
-            if not values:
-                continue
-            if index >= span.begin:
-                yield Raw(index + 1, index, record)
-            index += 1
+            if values:
+                yield Raw(number, place, record)
+                number += 1
+
+
+class _CsvLines:
+    """Lines of a csv file as text, and the byte at which the next one begins."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.place = file, 0
+        self._pieces: Iterator[bytes] = iter(())
+
+    def seek(self, place: int) -> None:
+        """Go on from a byte at which a record begins."""
+        self._file.seek(place)
+        self._pieces, self.place = iter(()), place
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._pieces, b"")
+        if not line:
+            self._pieces = iter(self._file.readline().splitlines(keepends=True))  # a lone CR ends a line as well
+            line = next(self._pieces)
+        begin, self.place = self.place, self.place + len(line)
+        return (line.removeprefix(_BOM) if begin == 0 else line).decode("utf-8", "surrogateescape")
 
 
 def _record(names: list[str], values: list[str]) -> Any:

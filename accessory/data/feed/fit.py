@@ -31,52 +31,59 @@ class Fitter:
     config: FeedConfig
     tokenizer: Tokenizer
 
-    def encode(self, turns: Sequence[Turn], template: Template) -> Encoded:
-        """A whole conversation, its answers supervised. ValueError where the template cannot write it."""
-        slots = self.config.slots
-        if not slots:
-            turns = [replace(turn, pictures=0) for turn in turns]
-        counts = [slots] * sum(turn.pictures for turn in turns)
+    def encode(self, turns: Sequence[Turn], template: Template, counts: Sequence[int] | None = None) -> Encoded:
+        """A whole conversation, its answers supervised. ValueError where the template cannot write it.
+
+        counts: slots of each picture; None: all pictures have as many.
+        """
+        if not self.config.slots:
+            turns, counts = [replace(turn, pictures=0) for turn in turns], ()
+        if counts is None:
+            counts = [self.config.geometry.slots(1, 1)] * sum(turn.pictures for turn in turns)
         parts = render(template, turns, open_answer=False)
         return encode(parts, self.tokenizer, slots_per_picture=counts, before_bos=self.config.before_bos)
 
-    def fit(self, turns: Sequence[Turn], template: str) -> Fitted | None:
+    def fit(self, turns: Sequence[Turn], template: str, counts: Sequence[int] | None = None) -> Fitted | None:
         """A conversation in at most cutoff_len positions; None where that cannot be.
 
         What goes, in this order, and no more of it than needed: whole exchanges, the oldest first (the system text and
         all pictures stay; those of exchanges that go open the first question that stays); of the exchange that is left
         the end of its input, then the end of the question, then the end of the system text, while these three keep at
         least half of the room; then the end of the answer. What the template writes always stays, and with it BOS,
-        the opening of the answer and the stop token; so does a first token of the answer.
+        the opening of the answer and the stop token; so does a first token of the answer. counts: as for `encode`.
         """
         form = get_template(template)
-        whole = self.encode(turns, form)
+        whole = self.encode(turns, form, counts)
         limit = self.config.cutoff_len
         if len(whole.ids) <= limit or self.config.overlong != "truncate":
             return Fitted(whole, len(whole.ids)) if len(whole.ids) <= limit else None
         system = [turn for turn in turns[:1] if turn.role == "system"]
         rest = list(turns[len(system) :])
         exchanges = len(rest) // 2
-        gone = _least(exchanges - 1, lambda count: len(self.encode(_later(system, rest, count), form).ids) <= limit)
+
+        def fits(gone: int) -> bool:
+            return len(self.encode(_later(system, rest, gone), form, counts).ids) <= limit
+
+        gone = _least(exchanges - 1, fits)
         kept = _later(system, rest, exchanges - 1 if gone is None else gone)
-        fitted = self.encode(kept, form) if gone is not None else self._cut(kept, form)
+        fitted = self.encode(kept, form, counts) if gone is not None else self._cut(kept, form, counts)
         return None if fitted is None else Fitted(fitted, len(whole.ids))
 
-    def _cut(self, turns: list[Turn], form: Template) -> Encoded | None:
+    def _cut(self, turns: list[Turn], form: Template, counts: Sequence[int] | None) -> Encoded | None:
         """One exchange with its texts cut to measure."""
         limit = self.config.cutoff_len
         texts = _texts(turns)
         spans = [self.tokenizer.spans(text) for text in texts]
-        frame = len(self.encode(_with(turns, ["", "", "", texts[3][:1]]), form).ids)
+        frame = len(self.encode(_with(turns, ["", "", "", texts[3][:1]]), form, counts).ids)
         room = limit - frame + 1
         for _ in range(_TRIES):
-            counts = _shares([len(span) for span in spans], room)
-            if counts[3] < 1:
+            shares = _shares([len(span) for span in spans], room)
+            if shares[3] < 1:
                 return None
-            short = [_first(text, span, count) for text, span, count in zip(texts, spans, counts, strict=True)]
+            short = [_first(text, span, count) for text, span, count in zip(texts, spans, shares, strict=True)]
             if not short[3].strip():
                 return None
-            encoded = self.encode(_with(turns, short), form)
+            encoded = self.encode(_with(turns, short), form, counts)
             if len(encoded.ids) <= limit:
                 return encoded
             room -= len(encoded.ids) - limit

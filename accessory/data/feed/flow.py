@@ -99,10 +99,10 @@ class Flow:
     def _looks(self, step: Dealt, sequences: Sequence[Sequence[Row]]) -> list[Look] | None:
         """The pictures of a micro-batch, None if it has none."""
         looks = [
-            Look(path, row.where, (self.seed, step.epoch, row.index, number))
+            Look(path, row.where, (self.seed, step.epoch, row.index, number), size)
             for rows in sequences
             for row in rows
-            for number, path in enumerate(row.pictures)
+            for number, (path, size) in enumerate(zip(row.pictures, row.sizes, strict=True))
         ]
         return looks or None
 

@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from accessory.data.feed.build import open_inputs, processes, stretches
+from accessory.data.feed.build import open_inputs, processes
+from accessory.data.feed.choose import stretches
+from accessory.data.feed.named import read_sources
 from accessory.data.feed.pack import best_fit
-from accessory.data.feed.sources import FeedConfig, read_sources
+from accessory.data.feed.sources import FeedConfig
 from accessory.data.feed.store import StoreWriter
 from accessory.data.feed.tokenise import Tokenised, Tokeniser, remedy
 from accessory.data.feed.workers import Workers
@@ -78,8 +80,9 @@ def write_packed(job: PackJob) -> Counter[str]:
         writer = _Writer(building / "files", job, {"tokenizer": tokenizer.digest})
         size = sum(file.survey.size for file in inputs.files)
         with Workers(Tokeniser, (replace(config, sources=()), tokenizer), processes(config, size)) as workers:
-            bar = tqdm(total=len(list(stretches(inputs))), desc="packing", unit="part", disable=None)
-            for stretch, done in workers.map(stretches(inputs), lambda stretch: stretch, str):
+            parts = sum(1 for _ in stretches(inputs.files, config))
+            bar = tqdm(total=parts, desc="packing", unit="part", disable=None)
+            for stretch, done in workers.map(stretches(inputs.files, config), lambda stretch: stretch, str):
                 if done.stopped:
                     number, kind, reason = done.stopped
                     raise ValueError(f"{stretch.survey.path}:{number}: {reason}; {remedy(kind)}")

@@ -5,6 +5,8 @@ Must not know tokens, templates or files. A row that makes no sense is a ValueEr
 
 from __future__ import annotations
 
+import ast
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accessory.config import nearest
+from accessory.data.feed.columns import filled, refuse, refuse_role, renamed
 from accessory.data.feed.sources import Source
-from accessory.data.template import Turn
+from accessory.data.picture import as_name
+from accessory.data.template import PLACE, Turn, tagged
 
-PLACE = "<image>"
 ROLES = {
     "human": "user",
     "user": "user",
@@ -31,13 +34,22 @@ TEXTS = ("text", "content")
 
 @dataclass
 class Sample:
-    """A conversation that ends with an answer."""
+    """A conversation that ends with an answer, or with a question where that was asked for."""
 
     turns: list[Turn]
     pictures: list[str]
-    """Paths as the row has them, in the order of their places."""
+    """Paths as the row has them, http(s) URLs and data: URLs, in the order of their places."""
     notes: Counter[str] = field(default_factory=Counter)
     """What was left out or passed over, by name, to be counted."""
+    said: list[Turn] = field(default_factory=list)
+    """The turns with the marks of pictures in their texts."""
+
+    def begun(self, system: str | None, source: Source) -> Sample:
+        """With a system text where the row has none; a caption, which is no conversation, as it is."""
+        if not system or self.turns[0].role == "system" or source.preprocess == "caption":
+            return self
+        first = Turn("system", system)
+        return replace(self, turns=[first, *self.turns], said=[first, *self.said])
 
 
 def to_text(row: Any, column: str | None = None) -> str:
@@ -51,52 +63,74 @@ def to_text(row: Any, column: str | None = None) -> str:
     return _text(row, name)
 
 
-def to_sample(row: Any, source: Source, *, seed: int, number: int) -> Sample:
-    """Read a row: alpaca, a conversation under any of its names, LLaVA's, or a caption.
+def to_sample(row: Any, source: Source, *, seed: int, number: int, answered: bool = True) -> Sample:
+    """Read a row: alpaca, a conversation under any of its names, LLaVA's, ms-swift's, or a caption.
 
-    seed, number: of the run and of the row, by which one of several captions is drawn. Raises ValueError for anything
-    else, for an empty answer, an unknown role, and places that do not match the pictures.
+    seed, number: of the run and of the row, by which one of several captions is drawn. answered: False also takes a row
+    whose last question has no answer. Raises ValueError for anything else, for an empty answer, an unknown role, a
+    row of tools, preferences, videos or audio, and places that do not match the pictures.
     """
-    row = _mapping(row)
     notes: Counter[str] = Counter()
-    pictures = _pictures(row)
+    row = _mapping(row)
+    row = filled(row, dict(source.fill)) if source.fill else row
+    row = renamed(row, source.reading, notes) if source.reading else row
+    refuse(row)
+    pictures, inside = _pictures(row), source.reading is not None
     if source.preprocess == "caption":
-        turns, pictures = _caption(row, random.Random(f"{seed} {number}"))
+        said, pictures = _caption(row, random.Random(f"{seed} {number}"))
     elif row.get("conversations") is not None or row.get("messages") is not None:
-        turns, listed = _dialog(row, notes)
+        inside = inside or row.get("conversations") is None
+        said, listed = _dialog(row, notes, answered)
         if listed:
             pictures = _joined(listed, pictures)
     elif source.preprocess is not None:
         raise ValueError(f"got the fields {_fields(row)}, expected conversations for {source.preprocess}")
+    elif row.get("response") is not None or ("query" in row and not answered):
+        said, inside = _pair(row, "query", "response", answered), True
     elif row.get("instruction") is not None or row.get("output") is not None:
-        turns = _alpaca(row)
+        said = _pair(row, "instruction", "output", answered)
     else:
         remedy = "set stage to pt for plain text" if set(TEXTS) & set(row) else "rename its fields"
-        raise ValueError(f"got the fields {_fields(row)}, expected instruction and output, or conversations; {remedy}")
-    turns = _placed(turns, pictures, notes)
+        wanted = "instruction and output, query and response, or conversations"
+        raise ValueError(f"got the fields {_fields(row)}, expected {wanted}; {remedy}")
+    turns = _placed(said, pictures, notes, inside)
     if source.preprocess == "single_turn_llava":
         first = 3 if turns[0].role == "system" else 2
         notes["turns_left_out"] += len(turns[first:])
-        turns = turns[:first]
+        turns, said = turns[:first], said[:first]
         pictures = pictures[: sum(turn.pictures for turn in turns)]
-    return Sample(turns, pictures, notes)
+    return Sample(turns, pictures, notes, said)
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Turn]:
-    """instruction, input, output; history: earlier pairs of question and answer; system."""
+def _pair(row: Mapping[str, Any], asks: str, answers: str, answered: bool) -> list[Turn]:
+    """A question with its input, and an answer; history: earlier pairs; system."""
     turns = _system(row)
-    history = row.get("history") or []
-    if not isinstance(history, Sequence) or isinstance(history, str):
-        raise ValueError(f"history: got {history!r:.60}, expected a list of pairs")
-    for pair in history:
+    for pair in _history(row.get("history")):
         if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"history: got {pair!r:.60}, expected a question and an answer")
         turns += [Turn("user", pair[0]), Turn("assistant", _said(pair[1], "history"))]
-    question = Turn("user", _text(row, "instruction"), input=_text(row, "input") if row.get("input") else "")
-    return [*turns, question, Turn("assistant", _said(_text(row, "output"), "output"))]
+    turns.append(Turn("user", _text(row, asks), input=_text(row, "input") if row.get("input") else ""))
+    if not answered and (row.get(answers) is None or row[answers] == ""):
+        return turns
+    return [*turns, Turn("assistant", _said(_text(row, answers), answers))]
 
 
-def _dialog(row: Mapping[str, Any], notes: Counter[str]) -> tuple[list[Turn], list[str | None]]:
+def _history(history: Any) -> Sequence[Any]:
+    """Pairs, also where a file of columns has them as text."""
+    if isinstance(history, str) and history.strip():
+        try:
+            history = json.loads(history)
+        except ValueError:
+            try:
+                history = ast.literal_eval(history)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass
+    if not isinstance(history or [], Sequence) or (isinstance(history, str) and history.strip()):
+        raise ValueError(f"history: got {history!r:.60}, expected a list of pairs")
+    return [] if isinstance(history, str) else history or []
+
+
+def _dialog(row: Mapping[str, Any], notes: Counter[str], answered: bool) -> tuple[list[Turn], list[str | None]]:
     """Turns under from and value, or role and content, and pictures that stand inside of them; None: one of the row's.
 
     What cannot be learned is left out and counted: an answer before any question, a question without an answer.
@@ -117,7 +151,7 @@ def _dialog(row: Mapping[str, Any], notes: Counter[str]) -> tuple[list[Turn], li
     before = len(rest)
     while rest and rest[0].role == "assistant":
         del rest[0]
-    while rest and rest[-1].role == "user":
+    while answered and rest and rest[-1].role == "user":
         if rest[-1].pictures or (_marks(rest[-1]) and _pictures(row)):
             raise ValueError("conversations: got a picture in a last question, expected its answer; add it")
         del rest[-1]
@@ -135,32 +169,39 @@ def _turn(entry: Any) -> tuple[Turn, list[str | None]]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"conversations: got the turn {entry!r:.60}, expected a mapping")
     who = entry.get("from", entry.get("role"))
+    if isinstance(who, str):
+        refuse_role(who.strip().lower())
+    if entry.get("tool_calls") or entry.get("function_call"):
+        refuse_role("function_call")
     role = ROLES.get(who.strip().lower()) if isinstance(who, str) else None
     if role is None:
         raise ValueError(f"conversations: got a turn of {who!r:.40}; {nearest(str(who), ROLES)}")
     text = entry.get("value", entry.get("content"))
     pictures: list[str | None] = []
+    places: list[int] = []
     if isinstance(text, Sequence) and not isinstance(text, str):
-        text, pictures = _parts(text)
+        text, pictures, places = _parts(text)
     if not isinstance(text, str):
         raise ValueError(f"conversations: got {text!r:.40} as what {who} says, expected text")
-    return Turn(role, text, pictures=len(pictures)), pictures
+    return Turn(role, text, pictures=len(pictures), places=tuple(place for place in places if place)), pictures
 
 
-def _parts(parts: Sequence[Any]) -> tuple[str, list[str | None]]:
-    """The text of OpenAI's list of content parts, and the pictures' paths; None where a part has none."""
-    text, pictures = "", list[str | None]()
+def _parts(parts: Sequence[Any]) -> tuple[str, list[str | None], list[int]]:
+    """The text of OpenAI's list of content parts, the pictures' names (None where a part has none), and the places of
+    the pictures in the text."""
+    text, pictures, places = "", list[str | None](), list[int]()
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         elif kind in ("image", "image_url"):
-            path = part.get(kind) or part.get("path") or part.get("url")
-            path = path.get("url") if isinstance(path, Mapping) else path
-            pictures.append(None if path is None else _path(path))
+            name = part.get(kind) or part.get("path") or part.get("url")
+            name = name["url"] if isinstance(name, Mapping) and "url" in name else name
+            pictures.append(None if name is None else as_name(name))
+            places.append(len(text))
         else:
             raise ValueError(f"content: got the part {part!r:.60}, expected one of type text or image")
-    return text, pictures
+    return text, pictures, places
 
 
 def _joined(listed: list[str | None], given: list[str]) -> list[str]:
@@ -184,13 +225,14 @@ def _caption(row: Mapping[str, Any], dice: random.Random) -> tuple[list[Turn], l
     given = row.get("url", row.get("image"))
     if not given:
         raise ValueError(f"url: got the fields {_fields(row)}, expected the path of a picture")
-    return [Turn("user", ""), Turn("assistant", _said(captions, "caption"))], [_path(given)]
+    return [Turn("user", ""), Turn("assistant", _said(captions, "caption"))], [as_name(given)]
 
 
-def _placed(turns: list[Turn], pictures: list[str], notes: Counter[str]) -> list[Turn]:
-    """Places in the users' texts become numbers of pictures; without places all pictures open the first question.
+def _placed(turns: list[Turn], pictures: list[str], notes: Counter[str], inside: bool) -> list[Turn]:
+    """Marks in the users' texts become places of pictures; without marks all pictures open the first question.
 
-    In a row without pictures a place is text like any other, and counted.
+    inside: a picture stands where in the text its mark stood; False: where the template has it, as LLaVA does. In a row
+    without pictures a mark is text like any other, and counted.
     """
     if any(turn.pictures for turn in turns):  # content parts
         return turns
@@ -204,10 +246,12 @@ def _placed(turns: list[Turn], pictures: list[str], notes: Counter[str]) -> list
     for turn in turns:
         if turn.role == "user":
             count = _marks(turn)
-            if count:  # as LLaVA does: the place goes, and blanks around the text with it
+            if count and inside and PLACE not in turn.input:
+                turn = replace(tagged("user", turn.text), input=turn.input)
+            elif count:  # the mark goes, and blanks around the text with it
                 text, more = (part.replace(PLACE, "").strip() for part in (turn.text, turn.input))
-                turn = replace(turn, text=text, input=more)
-            turn, waiting = replace(turn, pictures=count + waiting), 0
+                turn = replace(turn, text=text, input=more, pictures=count)
+            turn, waiting = replace(turn, pictures=turn.pictures + waiting), 0
         placed.append(turn)
     return placed
 
@@ -218,20 +262,19 @@ def _marks(turn: Turn) -> int:
 
 
 def _pictures(row: Mapping[str, Any]) -> list[str]:
-    """What stands under image or images."""
+    """What stands under image or images: one picture or a list of them, in a file of columns also as JSON."""
     given = row.get("images") or row.get("image")
+    if row.get("images") and row.get("image") and row["images"] not in (row["image"], [row["image"]]):
+        raise ValueError("image: got pictures under image and under images, expected one of them; join them")
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise ValueError(f"images: got {given!r:.60}, expected a path, or a JSON list of paths") from None
     if not given:
         return []
-    return [_path(one) for one in (given if isinstance(given, Sequence) and not isinstance(given, str) else [given])]
-
-
-def _path(given: Any) -> str:
-    """A path that can be one."""
-    if not isinstance(given, str) or not given or "\0" in given:
-        raise ValueError(f"image: got {given!r:.60}, expected the path of a picture")
-    if "://" in given or given.startswith("data:"):
-        raise ValueError(f"image: got {given[:60]!r}, expected a path; fetch the picture and name its file")
-    return given
+    several = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    return [as_name(one) for one in (given if several else [given])]
 
 
 def _system(row: Mapping[str, Any]) -> list[Turn]:

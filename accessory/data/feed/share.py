@@ -5,7 +5,7 @@ Must not know batches, epochs or torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,10 +32,13 @@ class Beginnings:
         return int(self.lengths[rows[0]]) if len(rows) > 1 and groups[0] >= 0 and (groups == groups[0]).all() else 0
 
 
-def find_beginnings(parts: Iterable[tuple[Store, np.ndarray, np.ndarray]], *, slots: int) -> Beginnings:
+def find_beginnings(
+    parts: Iterable[tuple[Store, np.ndarray, np.ndarray]], *, counts: Callable[[Store], Sequence[int]]
+) -> Beginnings:
     """Compare all that stands up to a picture's last slot, and the picture's path.
 
-    parts: stores, the rows of each (int64), and the positions at which they begin. slots: of a picture. Where the
+    parts: stores, the rows of each (int64), and the positions at which they begin. counts: the slots of each picture
+    of a store; none where pictures take no place in the sequence. Where the
     token behind the picture is learned, as in a bare caption, the last slot that predicts it stays with its row.
     """
     groups, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -43,13 +46,14 @@ def find_beginnings(parts: Iterable[tuple[Store, np.ndarray, np.ndarray]], *, sl
     for store, rows, begins in parts:
         groups.append(np.full(len(rows), -1, np.int64))
         lengths.append(np.zeros(len(rows), np.int64))
-        if "pictures" not in store.arrays or not slots:
+        slots = counts(store) if "pictures" in store.arrays else []
+        if not len(slots):
             continue
         ids, learn, names, name_ends = (store.arrays[name] for name in ("ids", "learn", "names", "name_ends"))
         pictures = store.arrays["pictures"]
         for place in np.flatnonzero(pictures[rows + 1] - pictures[rows] == 1).tolist():
             picture, begin = int(pictures[rows[place]]), int(begins[place])
-            end = begin + int(store.arrays["slots"][picture]) + slots
+            end = begin + int(store.arrays["slots"][picture]) + slots[picture]
             end -= int(learn[end])
             if learn[begin:end].any():
                 continue
@@ -70,6 +74,7 @@ def behind_one(rows: Sequence[Row], length: int) -> list[Row]:
             supervised=row.supervised[length:],
             slots=row.slots[length:],
             pictures=(),
+            sizes=(),
             shared=length,
         )
         for row in others

@@ -1,21 +1,21 @@
-"""What is read and how: data files, folders of them, the reference's YAML with a META list, and all numbers beside it.
+"""What is read and how: data files and folders of them, and all numbers beside it.
 
 Must not open data files nor know what a row means.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import TYPE_CHECKING, Literal
 
 from accessory.config import nearest
+from accessory.data.feed.columns import Reading
 from accessory.data.template import get_template
+
+if TYPE_CHECKING:
+    from accessory.data.tiles import Geometry
 
 KINDS = {
     ".json": "json",
@@ -46,6 +46,14 @@ class Source:
     """Pictures are relative to this folder; none: to the data file's."""
     ratio: float = 1.0
     """Share of the rows that is used, drawn by the seed."""
+    samples: int | None = None
+    """Use so many rows, drawn by the seed; where there are fewer, some come again."""
+    only: tuple[str, ...] = ()
+    """Of a folder, these files alone, by their paths in it."""
+    reading: Reading | None = None
+    """What fields and speakers are called; none: their usual names are recognised."""
+    fill: tuple[tuple[str, str], ...] = ()
+    """(name, text) that replaces {{name}} in texts."""
 
     def __post_init__(self) -> None:
         if self.preprocess not in (None, *PREPROCESS):
@@ -56,6 +64,8 @@ class Source:
             get_template(self.prompt_type)
         if not 0 < self.ratio <= 1:
             raise ValueError(f"{self.path}: ratio: got {self.ratio}, expected more than 0 and at most 1")
+        if self.samples is not None and (self.samples < 1 or self.ratio != 1):
+            raise ValueError(f"{self.path}: got {self.samples} samples, expected at least 1, and no ratio beside it")
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class FeedConfig:
     stage: Literal["pt", "sft"] = "sft"
     """pt: plain text, every token is learned; sft: conversations, the answers are learned."""
     template: str = "alpaca"
+    default_system: str | None = None
+    """System text of conversations that bring none; none: the template's."""
     cutoff_len: int = 2048
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """Of conversations of more than cutoff_len positions; longer documents (pt) become several rows."""
@@ -77,10 +89,16 @@ class FeedConfig:
     """Only the first so many rows of each source."""
     seed: int = 0
     slots: int = 0
-    """Feature rows of a picture in the sequence; 0: it takes no place there (an adapter's prompt has it)."""
+    """Feature rows of a tile in the sequence; 0: a picture takes no place there (an adapter's prompt has it)."""
+    tiles: Geometry | None = None
+    """How pictures are cut into tiles and counted; none: one tile each, by image_transform."""
+    orientation: Literal["keep", "apply"] = "keep"
+    """Of pictures: as they are stored, or turned as their EXIF says."""
     before_bos: bool = False
     pictures: bool = False
     """Whether the model sees."""
+    allow_private_urls: bool = False
+    """Pictures are fetched also from hosts that are not public."""
     image_transform: str | None = None
     """Name of a data.image transform; none: resized_center_crop."""
     image_size: int = 224
@@ -96,22 +114,20 @@ class FeedConfig:
     def __post_init__(self) -> None:
         if self.cutoff_len < 2:
             raise ValueError(f"cutoff_len: got {self.cutoff_len}, expected at least 2 positions")
+        assert self.tiles is None or self.tiles.each == self.slots, (self.tiles, self.slots)
 
+    @property
+    def picture_cache(self) -> str | None:
+        """Folder of fetched pictures; None: the usual one."""
+        return None if self.cache_dir is None else str(Path(self.cache_dir) / "pictures")
 
-def read_sources(datasets: Sequence[str], *, root: str | None = None) -> list[Source]:
-    """The sources that names stand for: a YAML with a META list, a data file, or a folder of data files.
+    @cached_property
+    def geometry(self) -> Geometry:
+        """What becomes of pictures."""
+        from accessory.data.tiles import Geometry
 
-    root: folder of pictures where META names none. `$NAME` and `~` are replaced; relative paths in a YAML hold from the
-    working directory, else from the YAML's folder. Raises ValueError or FileNotFoundError for a YAML that is none, an
-    unknown key or format, an unset variable. Whether the data is there is asked when it is opened.
-    """
-    found: list[Source] = []
-    for name in datasets:
-        if name.lower().endswith((".yaml", ".yml")):
-            found += _read_meta(Path(_expand(name, "dataset")), root)
-        else:
-            found.append(Source(_expand(name, "dataset"), root=root and _expand(root, "media_dir")))
-    return found
+        name = self.image_transform or "resized_center_crop"
+        return self.tiles or Geometry(self.slots, size=self.image_size, mean=self.mean, std=self.std, transform=name)
 
 
 def files_of(source: Source) -> list[Path]:
@@ -130,6 +146,7 @@ def files_of(source: Source) -> list[Path]:
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in KINDS
         and file.is_file()
+        and (not source.only or file.relative_to(path).as_posix() in source.only)
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not inside:
@@ -145,55 +162,3 @@ def kind_of(path: Path) -> str:
             f"dataset: got {path}, expected a YAML with META, a folder, or a {' '.join(KINDS)} file; convert it"
         )
     return kind
-
-
-def _read_meta(path: Path, root: str | None) -> Iterator[Source]:
-    """The entries of a YAML's META list."""
-    if not path.is_file():
-        raise FileNotFoundError(f"dataset: {path}: no such file; check the path")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}; mend the YAML") from error
-    entries = tree.get("META") if isinstance(tree, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: got no META, expected `META:` and a list of entries with a `path` each; add it")
-    for number, entry in enumerate(entries, start=1):
-        try:
-            yield _read_entry(entry, path.parent, root)
-        except ValueError as error:
-            raise ValueError(f"{path}: entry {number} of META: {error}") from None
-
-
-def _read_entry(entry: Any, folder: Path, root: str | None) -> Source:
-    """One entry of META."""
-    known = {field.name: field.type for field in fields(Source)}
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise ValueError(f"got {entry!r}, expected a mapping with a `path`")
-    given: dict[str, Any] = {} if root is None else {"root": _expand(root, "media_dir")}
-    for key, value in entry.items():
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}; {nearest(str(key), known)}")
-        if key == "prompt_type" and value is None:
-            value = "none"  # the reference writes None for a bare instruction
-        if value is None:
-            continue
-        if not isinstance(value, (int, float) if key == "ratio" else str) or isinstance(value, bool):
-            raise ValueError(f"{key}: got {value!r}, expected {'a number' if key == 'ratio' else 'text'}")
-        given[key] = _beside(_expand(value, key), folder) if key in ("path", "root") else value
-    return Source(**given)
-
-
-def _expand(text: str, label: str) -> str:
-    """A path with its variables and `~` replaced."""
-    path = os.path.expanduser(os.path.expandvars(text))
-    missing = re.search(r"\$(?:\{(\w+)\}|(\w+))", path)
-    if missing:
-        name = missing[1] or missing[2]
-        raise ValueError(f"{label}: {text}: ${name} is not set; set it to the folder that holds the data")
-    return path
-
-
-def _beside(path: str, folder: Path) -> str:
-    """A relative path from the working directory, else from a folder if it is there."""
-    return str(folder / path) if not os.path.exists(path) and (folder / path).exists() else path

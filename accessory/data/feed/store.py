@@ -5,7 +5,8 @@ Must not know where rows came from. The file is a safetensors file: any reader o
 ids u16 or u32 [positions]; starts i64 [documents + 1]; rows i64 [rows + 1] (documents of each row; absent: one each);
 learn u8 [positions] (whether a token is learned; absent: all); targets i32 [rows]; files i32, numbers and places i64
 [rows] (where each row came from); pictures i64 [rows + 1] (its pictures), slots i32 [pictures] (position of the first
-slot of each), names u8 and name_ends i64 [pictures] (their paths).
+slot of each), widths and heights i32 [pictures] (absent: these decide nothing), names u8 and name_ends i64 [pictures]
+(their paths).
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ class Store:
             return np.zeros(1, np.int64)
         first, last = self.arrays["rows"][row : row + 2]
         return starts[first:last] - starts[first]
+
+    def sizes(self, row: int | None = None) -> list[tuple[int, int]]:
+        """Width and height of the row's pictures, or of all; (1, 1) where they decide nothing."""
+        if "pictures" not in self.arrays:
+            return []
+        ends = self.arrays["pictures"]
+        first, last = (0, int(ends[-1])) if row is None else (int(at) for at in ends[row : row + 2])
+        if "widths" not in self.arrays:
+            return [(1, 1)] * (last - first)
+        widths, heights = (self.arrays[name][first:last].tolist() for name in ("widths", "heights"))
+        return list(zip(widths, heights, strict=True))
 
     def names(self, row: int) -> list[str]:
         """Paths of the row's pictures."""

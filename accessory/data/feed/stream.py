@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from accessory.data.feed.batches import Batch
-from accessory.data.feed.corpus import Row
+from accessory.data.feed.corpus import Row, show
 from accessory.data.feed.deal import SHOWN, say_skipped, shares
 from accessory.data.feed.files import Raw, Span, read_rows, sniff
 from accessory.data.feed.flow import Dealt, Flow
@@ -29,6 +29,7 @@ from accessory.data.feed.sources import FeedConfig, Source, files_of
 from accessory.data.feed.survey import check_unchanged
 from accessory.data.feed.tokenise import Refused, Tokeniser, Tokens, remedy, stops
 from accessory.data.feed.workers import Workers
+from accessory.data.tiles import lay
 from accessory.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class Stream:
         """
         if config.max_samples is not None:
             raise ValueError(f"max_samples: got {config.max_samples} with streaming, expected none; set max_steps")
+        if any(source.samples is not None for source in config.sources):
+            raise ValueError("dataset: got a number of rows (name#N) with streaming, expected none; set max_steps")
         if config.share_pictures:
             raise ValueError("share_pictures: got true with streaming, expected false; let the data be tokenised first")
         if config.pictures and not config.slots:
@@ -148,6 +151,22 @@ class Stream:
     def first(self) -> list[Batch]:
         """The micro-batches of the next step, without taking it."""
         return next(Flow(self.config, 0, self.seed).steps(self._deal(self._at)))[1]
+
+    def example(self, tokenizer: Tokenizer) -> str:
+        """The first row of the files that can be learned, as `Corpus.example` shows it; empty where there is none."""
+        read = _Reader(*self._make)
+        for _, file, raw in self._raws(_Place()):
+            for found in read([(file, raw)]).results[0]:
+                if isinstance(found, Tokens):
+                    where = f"{self._files[file].path}:{raw.number}"
+                    row = _row(found, where, self.config.slots, raw.number)
+                    return f"{where}\n{show(row, tokenizer, counts=self.config.geometry.count(row.sizes))}"
+        return ""
+
+    def told(self) -> str:
+        """The counts in words."""
+        counts = [(name, count) for name, count in self.report.items() if count and name != "refused"]
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts) or "no row"
 
     def _order(self) -> dict[str, Any]:
         """All that decides the order of sequences besides the files."""
@@ -248,7 +267,7 @@ class Stream:
             for found in results:
                 if isinstance(found, Tokens):
                     self.report["used"] += 1
-                    yield _row(found, where, self.config.slots, (epoch << 80) + (file << 48) + raw.number)
+                    yield _row(found, where, self.config, (epoch << 80) + (file << 48) + raw.number)
                     continue
                 if stops(found, self.config):
                     raise ValueError(f"{where}: {found.reason}; {remedy(found.kind)}")
@@ -292,19 +311,20 @@ class _Reader:
 
     def __call__(self, raws: list[tuple[int, Raw]]) -> _Read:
         counts: Counter[str] = Counter()
-        results = [list(self.tokeniser.row(raw, self.sources[file], counts)) for file, raw in raws]
+        rows = self.tokeniser.scout.ahead((raw, self.sources[file]) for file, raw in raws)
+        results = [list(self.tokeniser.row(raw, source, counts)) for raw, source in rows]
         return _Read(results, counts)
 
 
-def _row(tokens: Tokens, where: str, each: int, index: int) -> Row:
+def _row(tokens: Tokens, where: str, config: FeedConfig, index: int) -> Row:
     """A row of numbers as a corpus would give it."""
-    slots = np.full(len(tokens.ids), -1, np.int32)
-    for number, at in enumerate(tokens.slots if each else ()):
-        slots[at : at + each] = np.arange(each) + number * each
+    sizes = tuple(tokens.sizes or [(1, 1)] * len(tokens.pictures))
+    starts, counts = (tokens.slots, config.geometry.count(sizes)) if config.slots else ((), ())
+    slots = lay(len(tokens.ids), starts, counts)
     learn = np.ones(len(tokens.ids), bool) if tokens.learn is None else np.asarray(tokens.learn, bool)
     learn[:1] = False
     ids, documents = np.asarray(tokens.ids, np.int32), np.zeros(1, np.int64)
-    return Row(ids, learn, slots, tuple(tokens.pictures), where, documents, index)
+    return Row(ids, learn, slots, tuple(tokens.pictures), where, documents, index, sizes)
 
 
 def _open(config: FeedConfig) -> list[_File]:

@@ -5,22 +5,31 @@ Must not know what a row means. What was found is remembered beside the cache, f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from accessory.data.feed.files import BLOCK, LONGEST_TEXT, Span, read_rows, sniff
+from accessory.data.feed.sources import Source
 from accessory.data.feed.store import open_store
+
+log = logging.getLogger(__name__)
 
 STRETCH = 1 << 20  # bytes of a stretch, about
 ROWS = 2048  # rows of a stretch, about, where places count rows
-VERSION = 2
+LARGEST = 32 << 20  # bytes of such a stretch, about: rows may have pictures in them
+VERSION = 4
 _EMPTY_LINE = re.compile(rb"\n[ \t\r]*\n")
 _SETTLED = 2.0  # seconds after which a file system surely tells two changes apart
 
@@ -38,6 +47,23 @@ class Survey:
     rows: int
     """Row numbers are 1 to this; empty lines have one as well."""
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a file that one process tokenises."""
+
+    file: int
+    """Number of the file over all sources."""
+    source: Source
+    survey: Survey
+    span: Span
+    keep: np.ndarray | None = None
+    """int64: how often each of its row numbers is used; None: each once."""
+
+    def times(self, number: int) -> int:
+        """How often a row is used."""
+        return 1 if self.keep is None else int(self.keep[number - self.span.number])
 
 
 def survey(path: Path, memory: Path | None) -> Survey:
@@ -117,7 +143,7 @@ def _cut(path: Path, end: Callable[[bytearray], int]) -> tuple[str, int, list[Sp
 
 
 def _rows(path: Path) -> tuple[str, int, list[Span]]:
-    """Stretches of a json list, between rows."""
+    """Stretches of a json list or a csv file, between rows."""
     spans: list[Span] = []
     begin, number, rows = 0, 1, 0
     for raw in read_rows(path):
@@ -128,12 +154,6 @@ def _rows(path: Path) -> tuple[str, int, list[Span]]:
     if rows:
         spans.append(Span(begin, number, None))
     return sha256_of(path), rows, spans
-
-
-def _csv(path: Path) -> tuple[str, int, list[Span]]:
-    """One stretch: where a record begins is only known to whoever read all before it."""
-    rows = sum(1 for _ in read_rows(path))
-    return sha256_of(path), rows, [Span()] if rows else []
 
 
 def _parquet(path: Path) -> tuple[str, int, list[Span]]:
@@ -148,8 +168,9 @@ def _parquet(path: Path) -> tuple[str, int, list[Span]]:
         raise ValueError(f"{path}: cannot be read as parquet ({words[:200]}); fetch it again") from error
     spans, first = [], 0
     for group in range(meta.num_row_groups):
-        last = first + meta.row_group(group).num_rows
-        spans += [Span(at, at + 1, min(at + ROWS, last)) for at in range(first, last, ROWS)]
+        rows, size = meta.row_group(group).num_rows, meta.row_group(group).total_byte_size
+        last, step = first + rows, min(ROWS, max(1, LARGEST * rows // max(size, 1)))
+        spans += [Span(at, at + 1, min(at + step, last)) for at in range(first, last, step)]
         first = last
     return sha256_of(path), first, spans
 
@@ -163,7 +184,6 @@ def _packed(path: Path) -> tuple[str, int, list[Span]]:
 _SURVEYS: dict[str, Callable[[Path], tuple[str, int, list[Span]]]] = {
     "jsonl": _jsonl,
     "txt": _txt,
-    "csv": _csv,
     "parquet": _parquet,
     "packed": _packed,
 }
@@ -187,9 +207,13 @@ def _remember(note: Path, found: Survey, state: os.stat_result) -> None:
 
     Tools can set the time of change as they like; the inode's own time (ctime) tells.
     """
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f"{note.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        json.dumps({"version": VERSION, "touched": state.st_ctime_ns, **asdict(found)}), encoding="utf-8"
-    )
-    os.replace(temporary, note)
+    temporary = note.with_name(f"{note.name}.{secrets.token_hex(4)}.tmp")  # containers share numbers of processes
+    text = json.dumps({"version": VERSION, "touched": state.st_ctime_ns, **asdict(found)})
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, note)
+    except OSError as error:  # somebody else's cache, or a full one
+        log.warning("%s is not remembered, the next run looks at it again: %s", found.path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

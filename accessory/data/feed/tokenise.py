@@ -5,20 +5,25 @@ Must not know the cache, batches or torch; what cannot be fed is said in words a
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from accessory.data.feed.files import Bad, Raw, Span, parse, read_rows
+from accessory.data.feed.ahead import Scout
+from accessory.data.feed.files import Bad, Raw, parse, read_rows
 from accessory.data.feed.fit import Fitter
 from accessory.data.feed.records import to_sample, to_text
 from accessory.data.feed.sources import FeedConfig, Source
 from accessory.data.feed.store import ids_dtype
-from accessory.data.feed.survey import Survey, check_unchanged, survey
+from accessory.data.feed.survey import Stretch, Survey, check_unchanged, survey
+from accessory.data.picture import kind_of, locate
+from accessory.data.template import get_template
 from accessory.data.tokenizer import Tokenizer
 
 SHOWN = 20  # refused rows of a stretch that are named
@@ -35,6 +40,8 @@ class Tokens:
     slots: list[int] = field(default_factory=list)
     """Position of the first slot of each picture; -1 where pictures take no place in the sequence."""
     pictures: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height of each picture; none where they decide nothing."""
 
     @property
     def targets(self) -> int:
@@ -50,19 +57,6 @@ class Refused:
     reason: str
     missing: str | None = None
     """The picture that is not there."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A part of a file that one process tokenises."""
-
-    file: int
-    """Number of the file over all sources."""
-    source: Source
-    survey: Survey
-    span: Span
-    keep: np.ndarray | None = None
-    """bool: which of its row numbers are used; None: all."""
 
 
 @dataclass
@@ -85,7 +79,7 @@ class Tokeniser:
 
     def __init__(self, config: FeedConfig, tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.fitter = Fitter(config, tokenizer)
+        self.fitter, self.scout = Fitter(config, tokenizer), Scout(config)
 
     def __call__(self, job: Stretch | tuple[Path, Path | None]) -> Tokenised | Survey:
         return self.stretch(job) if isinstance(job, Stretch) else survey(*job)
@@ -117,7 +111,8 @@ class Tokeniser:
         if not ids:
             yield Refused("without_labels", "is an empty text")
             return
-        bos, eos = ([] if end is None else [end] for end in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
+        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         ids = [*bos, *ids, *eos]
         pieces = cut(len(ids), self.config.cutoff_len)
         if not pieces:
@@ -129,21 +124,27 @@ class Tokeniser:
     def conversation(self, value: object, source: Source, number: int, counts: Counter[str]) -> Tokens | Refused:
         """A conversation whose answers are learned."""
         config = self.config
-        sample = to_sample(value, source, seed=config.seed, number=number)
-        pictures = [os.path.join(source.root or "", name) for name in sample.pictures]
+        sample = to_sample(value, source, seed=config.seed, number=number).begun(config.default_system, source)
+        pictures = [locate(name, source.root) for name in sample.pictures]
         if pictures and not config.pictures:
             raise ValueError(
                 f"got {len(pictures)} pictures, expected none since the model does not see; train one that does"
             )
         if len(pictures) > 1 and not config.slots:
             raise ValueError(f"got {len(pictures)} pictures, expected one for a model that takes it into its prompt")
-        for path in pictures:
-            if not os.path.isfile(path):
-                return Refused("bad", f"picture {path}: no such file", missing=path)
+        for name in pictures:
+            try:
+                self.scout.look(name)
+            except OSError as error:
+                return Refused("bad", str(error), missing=name)
         template = source.prompt_type or ("caption" if source.preprocess == "caption" else config.template)
-        fitted = self.fitter.fit(sample.turns, template)
+        sizes = self.sizes(pictures)
+        slots = config.geometry.count(sizes or [(1, 1)] * len(pictures)) if pictures else []
+        fitted = self.fitter.fit(sample.turns, template, slots)
         if fitted is None:
-            return Refused("dropped_overlong", f"has more than cutoff_len {config.cutoff_len} positions")
+            whole = len(self.fitter.encode(sample.turns, get_template(template), slots).ids)
+            told = f": {whole}, {sum(slots)} of them pictures" if sum(slots) else ""
+            return Refused("dropped_overlong", f"has more than cutoff_len {config.cutoff_len} positions{told}")
         encoded = fitted.encoded
         if not any(encoded.supervised[1:]):
             return Refused("without_labels", "has no token to learn")
@@ -153,8 +154,21 @@ class Tokeniser:
             counts["truncated_positions"] += fitted.positions - len(encoded.ids)
         starts = [-1] * len(pictures)
         if config.slots:
-            starts = [at for at, slot in enumerate(encoded.slots) if slot >= 0 and slot % config.slots == 0]
-        return Tokens(encoded.ids, encoded.supervised, starts, pictures)
+            places = {slot: at for at, slot in enumerate(encoded.slots)}
+            starts = [places[row] for row in accumulate(slots[:-1], initial=0)] if slots else []
+        return Tokens(encoded.ids, encoded.supervised, starts, pictures, sizes)
+
+    def sizes(self, pictures: list[str]) -> list[tuple[int, int]]:
+        """Sizes by the pictures' headers, where they decide how many slots there are. ValueError names the picture."""
+        if not pictures or not self.config.geometry.varies:
+            return []
+        from accessory.data.image import picture_size
+
+        how = {"allow_private_urls": self.config.allow_private_urls, "cache": self.config.picture_cache}
+        try:
+            return [picture_size(name, orientation=self.config.orientation, **how) for name in pictures]
+        except OSError as error:
+            raise ValueError(str(error)) from error
 
     def stretch(self, stretch: Stretch) -> Tokenised:
         """All rows of a stretch as arrays."""
@@ -162,13 +176,14 @@ class Tokeniser:
         check_unchanged(path, stretch.survey.size, stretch.survey.changed)
         rows = _Rows(stretch.file, ids_dtype(self.tokenizer.size))
         done = rows.done
-        for raw in read_rows(path, stretch.span):
-            if stretch.keep is not None and not stretch.keep[raw.number - stretch.span.number]:
-                continue
+        used = ((raw, stretch.source) for raw in read_rows(path, stretch.span) if stretch.times(raw.number))
+        for raw, _ in self.scout.ahead(used):
+            ordinal = done.counts["read"]
             done.counts["read"] += 1
             for found in self.row(raw, stretch.source, done.counts):
                 if isinstance(found, Tokens):
-                    rows.add(found, raw)
+                    for _ in range(stretch.times(raw.number)):
+                        rows.add(found, raw, ordinal)
                     continue
                 done.counts[found.kind] += 1
                 if stops(found, self.config):
@@ -202,6 +217,14 @@ def remedy(kind: str) -> str:
     return "mend or drop the row, or set on_bad_row skip" if kind == "bad" else "set overlong truncate or drop"
 
 
+def _tail(name: str) -> str:
+    """What of a picture's name enters a fingerprint: not the folder of a file, and of pixels in it their hash."""
+    kind = kind_of(name)
+    if kind == "path":
+        return os.path.basename(name)
+    return name if kind == "url" else hashlib.sha256(name.encode()).hexdigest()
+
+
 class _Rows:
     """Rows of a stretch on their way into arrays."""
 
@@ -209,22 +232,24 @@ class _Rows:
         self.file, self.dtype = file, dtype
         self.ids: list[np.ndarray] = []
         self.learn: list[np.ndarray] = []
-        self.table: list[tuple[int, int, int, int, int]] = []  # length, targets, number, place, pictures
+        self.table: list[tuple[int, ...]] = []  # length, targets, number, place, pictures, ordinal
         self.slots: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.names: list[bytes] = []
         self.tails: list[bytes] = []
         self.done = Tokenised({}, Counter())
 
-    def add(self, tokens: Tokens, raw: Raw) -> None:
-        """Take one row in."""
+    def add(self, tokens: Tokens, raw: Raw, ordinal: int) -> None:
+        """Take one row in. ordinal: its number among the rows that were read."""
         length, targets = len(tokens.ids), tokens.targets
         self.ids.append(np.asarray(tokens.ids, self.dtype))
         if tokens.learn is not None:
             self.learn.append(np.asarray(tokens.learn, np.uint8))
-        self.table.append((length, targets, raw.number, raw.place, len(tokens.pictures)))
+        self.table.append((length, targets, raw.number, raw.place, len(tokens.pictures), ordinal))
         self.slots += tokens.slots
+        self.sizes += tokens.sizes
         self.names += [os.fsencode(name) for name in tokens.pictures]
-        self.tails += [os.fsencode(os.path.basename(name)) for name in tokens.pictures]
+        self.tails += [os.fsencode(_tail(name)) for name in tokens.pictures]
         counts = self.done.counts
         counts["used"] += 1
         counts["positions"] += length
@@ -233,7 +258,8 @@ class _Rows:
 
     def finish(self) -> None:
         """Make the arrays."""
-        table = np.asarray(self.table, np.int64).reshape(-1, 5)
+        table = np.asarray(self.table, np.int64).reshape(-1, 6)
+        sizes = np.asarray(self.sizes, np.int32).reshape(-1, 2)
         none = np.zeros(0, np.uint8)
         self.done.tails = b"\0".join([*self.tails, b""])
         self.done.arrays = {
@@ -245,7 +271,9 @@ class _Rows:
             "numbers": table[:, 2],
             "places": table[:, 3],
             "picture_counts": table[:, 4],
+            "ordinals": table[:, 5].copy(),
             "slots": np.asarray(self.slots, np.int32),
+            **({"widths": sizes[:, 0].copy(), "heights": sizes[:, 1].copy()} if self.sizes else {}),
             "names": np.frombuffer(b"".join(self.names), np.uint8),
             "name_lengths": np.asarray([len(name) for name in self.names], np.int64),
         }
