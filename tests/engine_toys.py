@@ -23,6 +23,7 @@ SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 
 TOWER = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 VISION: dict[str, dict[str, Any]] = {
     "qformer": {"queries": 4, "hidden": 32, "layers": 2, "heads": 2, "intermediate": 64},
+    "llava": {"select_layer": -1},
     "clip": {"tower_proj": 24},
     "perceiver": {"tower_proj": 24, "queries": 3, "hidden": 24, "layers": 1, "heads": 2},
 }

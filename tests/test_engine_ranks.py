@@ -28,6 +28,7 @@ OPS: list[Op] = [
         torch.full((2, 20), -1),
     ),
     See(2, torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))),
+    See(0, torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([4, 0, -1, 2])),
     See(1, None),
     Forget(2),
 ]

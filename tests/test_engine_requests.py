@@ -111,6 +111,20 @@ def test_weights_beyond_the_tokenizer_are_never_chosen(tmp_path):
     assert max(ids) < bundle.tokenizer.size
 
 
+def test_padding_and_places_of_pictures_are_never_chosen(tmp_path):
+    bundle = opened(write_model(tmp_path / "model", "llama", sees=False))
+    first = Engine(bundle, ONE).generate([raw("the")])[0].ids
+    bundle.tokenizer.unsaid = frozenset(first)
+    assert first and not set(first) & set(Engine(bundle, ONE).generate([raw("the")])[0].ids)
+
+
+def test_a_marker_that_is_text_to_the_tokenizer_runs_into_the_answer(bundle):
+    engine = Engine(bundle, ONE)
+    plain = [engine._prompter(Request("hi", template=name)).ids for name in ("llama2", "none")]
+    spelled = engine._prompter(Request("[INST] hi [/INST]", template="none")).ids
+    assert plain[0] == spelled != plain[1]
+
+
 def test_streaming_gives_the_whole_text_in_pieces(bundle):
     request = raw("hello", max_gen_len=20)
     pieces = list(Engine(bundle, ONE).stream(request))

@@ -6,6 +6,7 @@ Must not know weights' files, terminals or the network.
 from accessory.engine.conversation import Conversation
 from accessory.engine.engine import Engine
 from accessory.engine.prompt import WindowError
+from accessory.engine.reading import Score
 from accessory.engine.request import Answer, Event, Request, Result
 
-__all__ = ["Answer", "Conversation", "Engine", "Event", "Request", "Result", "WindowError"]
+__all__ = ["Answer", "Conversation", "Engine", "Event", "Request", "Result", "Score", "WindowError"]

@@ -6,7 +6,7 @@ Must not know engines: it gives turns and pictures for a request and takes the a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from accessory.data.template import Turn
 from accessory.engine.request import PictureSource
@@ -21,16 +21,16 @@ class Conversation:
     pictures: list[PictureSource] = field(default_factory=list)
     """Of all exchanges, in order."""
 
-    def asked(self, text: str, pictures: Sequence[PictureSource] = ()) -> tuple[list[Turn], list[PictureSource]]:
-        """Turns and pictures of a request that asks `text` next."""
+    def asked(self, text: str | Turn, pictures: Sequence[PictureSource] = ()) -> tuple[list[Turn], list[PictureSource]]:
+        """Turns and pictures of a request that asks `text` next; a Turn says where its pictures stand, too."""
         turns = [] if self.system is None else [Turn("system", self.system)]
         for exchange in self.exchanges:
             turns.extend(exchange)
-        return [*turns, Turn("user", text, pictures=len(pictures))], [*self.pictures, *pictures]
+        return [*turns, _question(text, len(pictures))], [*self.pictures, *pictures]
 
-    def add(self, text: str, answer: str, pictures: Sequence[PictureSource] = ()) -> None:
+    def add(self, text: str | Turn, answer: str, pictures: Sequence[PictureSource] = ()) -> None:
         """Keep an exchange."""
-        self.exchanges.append((Turn("user", text, pictures=len(pictures)), Turn("assistant", answer)))
+        self.exchanges.append((_question(text, len(pictures)), Turn("assistant", answer)))
         self.pictures.extend(pictures)
 
     def forget_oldest(self) -> bool:
@@ -45,3 +45,8 @@ class Conversation:
         """Drop all exchanges; the system text stays."""
         self.exchanges.clear()
         self.pictures.clear()
+
+
+def _question(text: str | Turn, pictures: int) -> Turn:
+    """A question with so many pictures."""
+    return replace(text, pictures=pictures) if isinstance(text, Turn) else Turn("user", text, pictures=pictures)

@@ -20,6 +20,7 @@ from accessory.data.image import Orientation
 from accessory.dist import Ranks
 from accessory.engine.interrupt import between_steps
 from accessory.engine.prompt import Prompt, Prompter
+from accessory.engine.reading import Reader, Score
 from accessory.engine.request import Answer, Event, Finish, Request, Result
 from accessory.engine.wire import Wire
 from accessory.engine.worker import Forget, Forward, Op, See, Worker
@@ -91,7 +92,15 @@ class Engine:
         self._wire = None if ranks.control is None else Wire(ranks.control, rows=rows)
         self._prompter = Prompter(bundle, window=window, image_transform=image_transform, orientation=orientation)
         self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
+        self._unsaid = torch.tensor([token for token in sorted(bundle.tokenizer.unsaid) if token < self._vocabulary])
         self._prompted = bundle.model.prompt is not None
+        self._reader = Reader(
+            self._run,
+            self._prompter,
+            chunk=prefill_chunk,
+            vocabulary=self._vocabulary,
+            prompted=self._prompted,
+        )
         self._numbers = itertools.count()
         self._waiting: deque[tuple[Answer, Prompt]] = deque()
         self._running: dict[int, _Running] = {}  # by row
@@ -109,6 +118,10 @@ class Engine:
     def length(self, request: Request) -> int:
         """Positions of the window that the request's prompt takes, pictures included; they are not opened for it."""
         return len(self._prompter.encode(request)[2].ids)
+
+    def describe(self, request: Request) -> str:
+        """The request's prompt for human eyes: control tokens by name, pictures as <picture 0>."""
+        return self._prompter.encode(request)[2].text
 
     def submit(self, request: Request) -> Answer:
         """Queue a request; it joins at a step with a free row. ValueError or OSError for one that cannot be asked."""
@@ -181,6 +194,27 @@ class Engine:
             results = [self.cancel(answer) for answer in answers]
         return results
 
+    def logits(self, asked: Request | Sequence[int]) -> Tensor:
+        """Logits after every position of a prompt (a request's, pictures included) or of token ids, fp32
+        [T, vocabulary] on the CPU. Answers under way wait, and go on where all rows are taken.
+
+        Raises WindowError where it does not fit, ValueError for everything else that cannot be asked.
+        """
+        return self._reader.logits(self._lent(), asked)
+
+    def score(self, asked: Request, continuations: Sequence[str]) -> list[Score]:
+        """How likely each text is as the beginning of the answer. Raises as `logits` does."""
+        return self._reader.scores(self._lent(), asked, continuations)
+
+    def _lent(self) -> int:
+        """A free row; where there is none, the answers go on until there is."""
+        assert self._leads, "only rank 0 reads; the others are in follow()"
+        if self._over:
+            raise RuntimeError("engine: got a prompt after its end or a failure; build a new one")
+        while not self._free:
+            self.step()
+        return min(self._free)
+
     def close(self) -> None:
         """Leader: let the other ranks leave `follow`. Requests under way are lost. A second call does nothing."""
         if self._leads and self._wire is not None and not self._over:
@@ -215,7 +249,7 @@ class Engine:
             row = min(self._free)
             running = _Running(answer, prompt, row, self._reusable(row, prompt))
             if prompt.pixels is not None or self._prompted:
-                self._run(See(row, prompt.pixels))
+                self._run(See(row, prompt.pixels, prompt.order))
             self._waiting.popleft()
             self._free.remove(row)
             self._running[row] = running
@@ -286,8 +320,11 @@ class Engine:
             raise ValueError(
                 "logits: got NaN, expected numbers; fp16 overflows in some models, --dtype bf16 or fp32 do not"
             )
+        said = logits[:, : self._vocabulary]  # ids beyond the tokenizer's pad the weights and mean nothing
+        if len(self._unsaid):
+            said = said.index_fill(1, self._unsaid.to(said.device), -torch.inf)
         chosen = sample(
-            logits[:, : self._vocabulary],  # ids beyond the tokenizer's pad the weights and mean nothing
+            said,
             [running.answer.request.sampling for running in ready],
             [running.next_position for running in ready],
             seen=[self._seen(running, logits.device) for running in ready],

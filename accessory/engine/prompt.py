@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from accessory.assemble import Bundle
-from accessory.data.encode import Encoded, encode, stop_ids, truncate_left
-from accessory.data.image import Orientation, load_picture, transform
+from accessory.assemble import Bundle, geometry
+from accessory.data.encode import Encoded, begins_run, encode, settle, stop_ids, truncate_left
+from accessory.data.image import Orientation, load_picture, picture_size
 from accessory.data.template import Part, Template, Text, Turn, get_template, render
+from accessory.data.tiles import Geometry, Size
 from accessory.data.tokenizer import Tokenizer
 from accessory.engine.request import PictureSource, Request
 from accessory.engine.text import AnswerText
@@ -36,7 +37,9 @@ class Prompt:
     slots: list[int]
     """-1, or the row of the features of all pictures of this request."""
     pixels: Tensor | None
-    """[pictures, 3, side, side] fp32; None without pictures."""
+    """[tiles, 3, side, side] fp32; None without pictures."""
+    order: Tensor | None
+    """int64: which rows of the stack of all tiles the slots count; None: all, as they stand."""
     limit: int
     """Tokens that may be generated."""
     stop_ids: frozenset[int]
@@ -57,15 +60,16 @@ class Prompter:
     ) -> None:
         self.tokenizer, self.window = bundle.tokenizer, window
         self._template, self._source = bundle.template, bundle.source
+        self._own_stops = bundle.stop_ids
         self._vision = getattr(bundle.model, "vision", None)
         self._orientation = orientation
-        self._transform, self._before_bos = None, False
+        self._geometry, self._before_bos = Geometry(0), False
         if self._vision is not None:
             seen = bundle.vision
             assert seen is not None, "a model that sees has a VisionConfig"
             self._before_bos = seen.before_bos
-            name = image_transform or seen.image_transform
-            self._transform = transform(name, size=seen.image_size, mean=seen.mean, std=seen.std)
+            self._geometry = geometry(seen, self._vision.slots, image_transform=image_transform)
+            self._geometry.check()
 
     def __call__(self, request: Request) -> Prompt:
         """The prompt of a request.
@@ -77,37 +81,56 @@ class Prompter:
             raise ValueError(f"max_gen_len: got {request.max_gen_len}, expected at least 1")
         if request.overlong not in ("error", "truncate"):
             raise ValueError(f"overlong: got {request.overlong!r}, expected 'error' or 'truncate'")
-        form, parts, encoded = self.encode(request)
+        sizes = self._sizes(request)
+        form, parts, encoded = self._encode(request, sizes)
         encoded, dropped = self._fit(encoded, request)
         lead, tail = _around(form)
         stops = tuple(dict.fromkeys((*form.stops, *request.stops)))
         if "" in stops:
             raise ValueError("stops: got an empty string, expected strings of at least one character; drop it")
-        opening = not isinstance(parts[-1], Text) if parts else True
+        opening = begins_run(parts, self.tokenizer)
+        order = self._geometry.order(sizes) if sizes else None
         return Prompt(
             ids=encoded.ids,
             slots=encoded.slots,
-            pixels=self._pixels(request.pictures),
+            pixels=self._pixels(request.pictures, sizes),
+            order=None if order is None else torch.from_numpy(order),
             limit=min(request.max_gen_len, self.window - len(encoded.ids)),
-            stop_ids=_stop_ids(form, self.tokenizer) | frozenset(request.stop_ids),
+            stop_ids=_stop_ids(form, self.tokenizer) | self._own_stops | frozenset(request.stop_ids),
             text=AnswerText(self.tokenizer, stops=stops, opening=opening, lead=lead, tail=tail),
             dropped=dropped,
         )
 
-    def encode(self, request: Request) -> tuple[Template, list[Part], Encoded]:
-        """The template, what it makes of the request, and that as numbers; pictures are counted, not opened."""
+    def encode(self, request: Request, *, answer: str | None = None) -> tuple[Template, list[Part], Encoded]:
+        """The template, what it makes of the request, and that as numbers; no more than headers of pictures is read.
+
+        answer: what the answer begins with, supervised.
+        """
+        return self._encode(request, self._sizes(request), answer)
+
+    def _encode(
+        self, request: Request, sizes: Sequence[Size], answer: str | None = None
+    ) -> tuple[Template, list[Part], Encoded]:
+        """The same, once the sizes of the pictures are known."""
         template = request.template or self._template
         form = get_template(template) if isinstance(template, str) else template
-        turns, pictures = self._turns(request), len(request.pictures)
-        slots = self._vision.slots if pictures else 0
-        if not slots:  # pictures that go into an adapter's prompt take no place in the sequence
-            turns = [replace(turn, pictures=0) for turn in turns]
-        parts = render(form, turns)
-        counts = [slots] * pictures if slots else ()
+        turns, counts = self._turns(request), self._geometry.count(sizes)
+        if not self._geometry.each:  # pictures that go into an adapter's prompt take no place in the sequence
+            turns, counts = [replace(turn, pictures=0) for turn in turns], []
+        parts = settle(render(form, turns), self.tokenizer)
+        if answer is not None:
+            parts = [*parts, Text(_around(form)[0] + answer, supervised=True)]
         encoded = encode(parts, self.tokenizer, slots_per_picture=counts, before_bos=self._before_bos)
         if not encoded.ids:
             raise ValueError("prompt: got no token, expected at least one as this tokenizer has no BOS; say something")
         return form, parts, encoded
+
+    def _sizes(self, request: Request) -> list[Size]:
+        """Width and height of each picture, (1, 1) where they decide nothing."""
+        self._turns(request)
+        if not self._geometry.varies:
+            return [(1, 1)] * len(request.pictures)
+        return [picture_size(picture, orientation=self._orientation) for picture in request.pictures]
 
     def _turns(self, request: Request) -> list[Turn]:
         """The turns, whose pictures are all there."""
@@ -129,9 +152,9 @@ class Prompter:
 
     def _fit(self, encoded: Encoded, request: Request) -> tuple[Encoded, int]:
         """The prompt within the window, and how many positions that cost."""
-        length = len(encoded.ids)
+        length, own = len(encoded.ids), request.max_prompt or self.window
         if request.overlong == "truncate":
-            room = self.window - request.max_gen_len
+            room = min(self.window - request.max_gen_len, own)
             if room < 1:
                 raise WindowError(
                     f"max_gen_len: got {request.max_gen_len}, expected less than the window of {self.window} tokens"
@@ -147,16 +170,24 @@ class Prompter:
                 f"prompt: got {length} tokens, expected at most {self.window - 1} in a window of {self.window}; "
                 "shorten it, let it be truncated or raise max_seq_len"
             )
+        elif length > own:
+            raise WindowError(f"prompt: got {length} tokens, expected at most {own}; shorten it or raise max_length")
         return encoded, length - len(encoded.ids)
 
-    def _pixels(self, pictures: Sequence[PictureSource]) -> Tensor | None:
+    def _pixels(self, pictures: Sequence[PictureSource], sizes: Sequence[Size]) -> Tensor | None:
         """All pictures as the tower takes them."""
         if not pictures:
             return None
-        assert self._transform is not None, "pictures for a model without vision were refused before"
-        return torch.stack(
-            [self._transform(load_picture(picture, orientation=self._orientation)) for picture in pictures]
-        )
+        parts = []
+        for picture, size in zip(pictures, sizes, strict=True):
+            image = load_picture(picture, orientation=self._orientation)
+            if self._geometry.varies and image.size != size:
+                raise ValueError(
+                    f"picture: got {image.width} x {image.height} pixels, expected the {size[0]} x {size[1]} that its"
+                    " header says; save or fetch it again"
+                )
+            parts.append(self._geometry.pixels(image))
+        return torch.cat(parts)
 
 
 def _around(form: Template) -> tuple[str, str]:

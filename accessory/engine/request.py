@@ -38,6 +38,8 @@ class Request:
     """Further token ids that do."""
     overlong: Literal["error", "truncate"] = "error"
     """truncate: a prompt that leaves no room for max_gen_len tokens loses its oldest text, never BOS or pictures."""
+    max_prompt: int | None = None
+    """Most positions of the prompt; None: what the window leaves."""
 
 
 @dataclass(frozen=True)

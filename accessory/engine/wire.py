@@ -33,10 +33,11 @@ class Wire:
         elif isinstance(op, Forward):
             self._send_forward(op)
         elif isinstance(op, See):
-            shape = [0] if op.pixels is None else op.pixels.shape
-            self._cast(self._message([_SEE, op.row, *shape]))
-            if op.pixels is not None:
-                self._cast(op.pixels.contiguous())
+            shape = [0] * 4 if op.pixels is None else op.pixels.shape
+            self._cast(self._message([_SEE, op.row, *shape, -1 if op.order is None else len(op.order)]))
+            for tensor in (op.pixels, op.order):
+                if tensor is not None:
+                    self._cast(tensor.contiguous())
         else:
             self._cast(self._message([_FORGET, op.row]))
 
@@ -49,8 +50,9 @@ class Wire:
         if kind == _FORWARD:
             return self._receive_forward(numbers, message[_HEAD:])
         if kind == _SEE:
-            row, *shape = numbers[:5]
-            return See(row, self._cast(torch.empty(shape)) if shape[0] else None)
+            row, *shape, rows = numbers[:6]
+            pixels = self._cast(torch.empty(shape)) if shape[0] else None
+            return See(row, pixels, self._cast(torch.empty(rows, dtype=torch.int64)) if rows >= 0 else None)
         assert kind == _FORGET, f"ranks are out of step: got a message of kind {kind}"
         return Forget(numbers[0])
 
@@ -59,13 +61,13 @@ class Wire:
         tensors = [op.ids, op.positions, op.last, op.rows, op.slots]
         body = torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
         fits = len(body) <= self._size - _HEAD
-        numbers = [_FORWARD, batch, length, op.extent, op.rows is not None, op.slots is not None]
+        numbers = [_FORWARD, batch, length, op.extent, op.rows is not None, op.slots is not None, op.whole]
         self._cast(self._message(numbers, body if fits else None))
         if not fits:
             self._cast(body)
 
     def _receive_forward(self, numbers: list[int], body: Tensor) -> Forward:
-        batch, length, extent, has_rows, has_slots = numbers[:5]
+        batch, length, extent, has_rows, has_slots, whole = numbers[:6]
         square = (batch, length)
         shapes = [square, square, (batch,), (batch,) if has_rows else None, square if has_slots else None]
         total = sum(math.prod(shape) for shape in shapes if shape is not None)
@@ -73,7 +75,7 @@ class Wire:
             body = self._cast(torch.empty(total, dtype=torch.int64))
         ids, positions, last, rows, slots = _split(body, shapes)
         assert ids is not None and positions is not None and last is not None, f"a forward without tokens: {numbers}"
-        return Forward(ids, positions, last, extent, rows, slots)
+        return Forward(ids, positions, last, extent, rows, slots, whole=bool(whole))
 
     def _message(self, numbers: list[int], body: Tensor | None = None) -> Tensor:
         """Numbers, and the body where it fits, in the one size that receivers wait for."""

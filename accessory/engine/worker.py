@@ -29,14 +29,19 @@ class Forward:
     """[B] rows of the cache; None: 0 to B-1."""
     slots: Tensor | None = None
     """[B, T]: -1, or a row of the features of that cache row's pictures; None: no picture in this piece."""
+    whole: bool = False
+    """Whether the logits of all positions are wanted; the pictures then stay until `Forget`."""
 
 
 @dataclass(frozen=True)
 class See:
-    """Begin a request in a row: read its pictures [n, 3, H, W], None for none, and set the adapter's prompt."""
+    """Begin a request in a row: read the tiles of its pictures, and set the adapter's prompt."""
 
     row: int
     pixels: Tensor | None
+    """[tiles, 3, H, W]; None for none."""
+    order: Tensor | None = None
+    """int64 [n]: which rows of all tiles are the features (`data.tiles`); None: all, as they stand."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Worker:
     def _see(self, op: See) -> None:
         """Pictures to feature rows, kept for the row, or to the adapter's prompt."""
         self._features.pop(op.row, None)
-        seen = None if op.pixels is None else self.model.vision(op.pixels.to(self._device))
+        seen = None if op.pixels is None else self.model.vision(op.pixels.to(self._device), op.order)
         if seen is not None and self.model.vision.slots:
-            self._features[op.row] = seen.flatten(0, 1)
+            self._features[op.row] = seen.reshape(-1, seen.shape[-1])
             seen = None
         if self.model.prompt is not None:
             row = torch.tensor([op.row], device=self._device)
@@ -97,6 +102,8 @@ class Worker:
         if op.slots is not None:
             for row in self._rows(op)[wanted].tolist():
                 self._features.pop(row, None)
+        if op.whole:
+            return self.model.output(hidden[op.positions.to(device) >= 0])
         if not len(wanted):
             return None
         return self.model.output(hidden[wanted.to(device), op.last[wanted].to(device)])

@@ -33,6 +33,9 @@ class Step:
     """(layer, q [B, T, H, D]) -> what a zero-init adapter adds to the attention's output, [B, T, H * D]."""
     starts: list[int] | None = None
     """Where segments are packed, on a CPU: the first key that each block of queries may see."""
+    near: Tensor | None = None
+    """The mask of layers with a sliding window."""
+    near_starts: list[int] | None = None
 
 
 class Attention(nn.Module):
@@ -45,19 +48,21 @@ class Attention(nn.Module):
         dim: int,
         n_heads: int,
         n_kv_heads: int,
+        head_dim: int,
+        slides: bool,
         qkv_bias: bool,
         shard: Shard,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, dim // n_heads
+        self.layer, self.head_dim, self.slides = layer, head_dim, slides
         place = {"shard": shard, "device": device, "dtype": dtype}
-        kv = n_kv_heads * self.head_dim
-        self.wq = Column(dim, dim, units=n_heads, bias=qkv_bias, **place)
+        kv = n_kv_heads * head_dim
+        self.wq = Column(dim, n_heads * head_dim, units=n_heads, bias=qkv_bias, **place)
         self.wk = Column(dim, kv, units=n_kv_heads, bias=qkv_bias, **place)
         self.wv = Column(dim, kv, units=n_kv_heads, bias=qkv_bias, **place)
-        self.wo = Row(dim, dim, **place)
+        self.wo = Row(n_heads * head_dim, dim, **place)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, (self.wq, self.wk, self.wv)))
@@ -66,7 +71,8 @@ class Attention(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         else:
             keys, values = step.cache.write(self.layer, step.place, k, v)
-        y = attend(q, keys, values, mask=step.mask, starts=step.starts)
+        mask, starts = (step.near, step.near_starts) if self.slides else (step.mask, step.starts)
+        y = attend(q, keys, values, mask=mask, starts=starts)
         if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
             y = y + extra
         return self.wo(y)

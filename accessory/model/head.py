@@ -36,6 +36,8 @@ class Head(nn.Module):
         self.vocab_size, self.shard = vocab_size, shard
         self.slice = cut_vocabulary((vocab_size, dim), shard)
         self.cuts: dict[str, Cut] = {}
+        self.hits: Tensor | None = None
+        """Where it is a number: targets that the model itself would have said (ties count) are added to it."""
         self._tied = [] if tied is None else [tied]  # in a list: the weight is registered, and saved, once
         if tied is None:
             self.cuts["weight"] = self.slice
@@ -67,7 +69,7 @@ class Head(nn.Module):
             spare = min(-len(places) % STRIDE, len(labels) - len(places))
             places = torch.cat([places, (~valid).nonzero().flatten()[:spare]])
             hidden, labels = hidden[places], labels[places]
-        total = _ChunkedLoss.apply(hidden, weight, labels, self.slice, self.shard)
+        total = _ChunkedLoss.apply(hidden, weight, labels, self.slice, self.shard, self.hits)
         return total, valid.sum().float()
 
 
@@ -76,7 +78,13 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, cut: Cut, shard: Shard
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        cut: Cut,
+        shard: Shard,
+        hits: Tensor | None,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         rows = max(1, min(len(hidden), CHUNK // len(weight)))
@@ -87,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             h, target = hidden[start : start + rows], labels[start : start + rows]
             chunk = torch.mm(h, weight.t(), out=logits[: len(h)])
-            total += _turn(chunk, target, cut, shard, grad=need_hidden or need_weight)
+            total += _turn(chunk, target, cut, shard, grad=need_hidden or need_weight, hits=hits)
             if need_hidden:
                 torch.mm(chunk, weight, out=grad_hidden[start : start + rows])
             if need_weight:
@@ -101,10 +109,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         # in place: they are used once, and autograd refuses a second backward pass over what has changed
         scaled = [None if saved is None else saved.mul_(grad.to(saved.dtype)) for saved in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
-def _turn(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool) -> Tensor:
+def _turn(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool, hits: Tensor | None = None) -> Tensor:
     """Loss sum of one chunk; on request its local logits [chunk, local vocabulary] become their own gradient."""
     one = shard.size == 1 and logits.device.type == "cpu"
     rows = max(1, min(len(logits), PIECE // logits.shape[1])) if one else len(logits)
@@ -112,13 +120,15 @@ def _turn(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool)
     losses = []
     for part, labels in zip(logits.split(rows), target.split(rows), strict=True):
         widened = part if wide is None else wide[: len(part)].copy_(part)
-        losses.append(_losses(widened, labels, cut, shard, grad=grad).sum())
+        losses.append(_losses(widened, labels, cut, shard, grad=grad, hits=hits).sum())
         if grad and wide is not None:
             part.copy_(widened)
     return torch.stack(losses).sum()
 
 
-def _losses(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool) -> Tensor:
+def _losses(
+    logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: bool, hits: Tensor | None = None
+) -> Tensor:
     """The loss of each row, 0 where it has no target; fp32 logits become softmax - one_hot(target) there, else 0."""
     if cut.pad:
         logits[:, cut.stop - cut.start :] = float("-inf")
@@ -134,6 +144,8 @@ def _losses(logits: Tensor, target: Tensor, cut: Cut, shard: Shard, *, grad: boo
     if shard.size > 1:
         sums = reduce_from_model_parallel_region(sums)
     valid = target != IGNORED
+    if hits is not None:
+        hits += ((sums[1] == 0) & valid).sum()  # the largest logit is 0 by now
     if grad:
         exps.mul_((valid / sums[0])[:, None]).scatter_add_(1, column, -here.to(exps.dtype)[:, None])
     return (sums[0].log() - sums[1]).masked_fill(~valid, 0.0)

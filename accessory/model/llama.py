@@ -48,6 +48,12 @@ class LlamaConfig:
     qkv_bias: bool = False
     tied: bool = False
     """Whether the head reads the embedding's weight."""
+    head_width: int | None = None
+    """Width of an attention head; None: dim // n_heads."""
+    sliding_window: int | None = None
+    """Newest tokens that a query sees, itself included; None: all."""
+    full_layers: int = 0
+    """The first layers, which see all tokens whatever sliding_window says."""
 
     @property
     def kv_heads(self) -> int:
@@ -55,7 +61,7 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.dim // self.n_heads if self.head_width is None else self.head_width
 
     @property
     def ffn_dim(self) -> int:
@@ -76,8 +82,11 @@ class LlamaConfig:
             raise ValueError(
                 f"rope_theta: got {self.rope_theta} with norm_eps {self.norm_eps}, expected positive numbers"
             )
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"dim: got {self.dim} with n_heads {self.n_heads}, expected heads of one even width")
+        if (self.head_width is None and self.dim % self.n_heads) or self.head_dim < 2 or self.head_dim % 2:
+            wide = "" if self.head_width is None else f" and head_width {self.head_width}"
+            raise ValueError(f"dim: got {self.dim} with n_heads {self.n_heads}{wide}, expected heads of one even width")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window: got {self.sliding_window}, expected a positive number, or null for none")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads: got {self.kv_heads}, expected a divisor of n_heads {self.n_heads}")
         if not self.fits(shard.size):
@@ -156,6 +165,8 @@ class Llama(nn.Module):
             assert slots is not None and len(features), f"features {tuple(features.shape)} need slots and rows"
             h = torch.where((slots >= 0).unsqueeze(-1), features.to(h.dtype)[slots.clamp(min=0)], h)
         step = self._step(positions, cache, rows, segments)
+        if self.config.sliding_window is not None:
+            step.near, step.near_starts = self._near(step, self.config.sliding_window)
         if self.prompt is not None:
             step.prompt = self.prompt.begin(self, step, visual)
         for layer in self.layers:
@@ -173,6 +184,20 @@ class Llama(nn.Module):
             return Step(positions, turns, mask, starts=starts)
         place = cache.place(rows, positions)
         return Step(positions, turns, place.mask, cache, rows, place)
+
+    def _near(self, step: Step, window: int) -> tuple[Tensor | None, list[int] | None]:
+        """The mask of the layers that see `window` tokens, and what `Step.starts` is to it (arXiv 2310.06825)."""
+        mask, positions = step.mask, step.positions
+        length = positions.shape[1] if mask is None else mask.shape[-1]
+        if length <= window:
+            return mask, step.starts
+        keys = positions
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()[None, None]
+        elif step.cache is not None:
+            keys = torch.arange(length, device=positions.device)[None]
+        near = mask & (positions[:, None, :, None] - keys[:, None, None, :] < window)
+        return near, first_keys(near) if step.cache is None and near.device.type == "cpu" else None
 
     def new_cache(self, *, rows: int, size: int, dtype: torch.dtype | None = None) -> Cache:
         """A cache for `rows` requests of up to `size` tokens, on the model's device."""
@@ -214,6 +239,8 @@ class Block(nn.Module):
             dim=config.dim,
             n_heads=config.n_heads,
             n_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            slides=config.sliding_window is not None and layer >= config.full_layers,
             qkv_bias=config.qkv_bias,
             **place,
         )

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from accessory.dist import Shard
 from accessory.vision.config import VisionConfig
 from accessory.vision.init import fill, fill_layers, grid_code
+from accessory.vision.llava import LlavaEncoder
 from accessory.vision.projector import Perceiver, projection
 from accessory.vision.qformer import QFormer
 from accessory.vision.tower import build_tower, init_tower, patch_side, read_tokens, token_shape
@@ -22,6 +24,7 @@ def build_vision(
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> nn.Module:
     """Return the encoder of `config` whose rows are `dim` wide.
 
@@ -29,14 +32,22 @@ def build_vision(
     On any other device the weights are drawn from `generator` (a CPU one; seed 0 when None): same seed, same bits.
 
     The module has
-      slots        feature rows that a picture takes in the token sequence (qformer 34, clip 257, perceiver 0),
+      slots        feature rows of a tile in the token sequence (qformer 34, clip 257, llava 576, perceiver 0),
       prompt_rows  rows that are added to an adapter's prefix instead (perceiver 10, else 0),
-      forward      pixels [N, 3, image_size, image_size] -> [N, slots or prompt_rows, dim], without any randomness.
-    Raises ValueError for sizes that do not fit together and for a tower that timm does not build.
+      unread       names of parameters that no row depends on, and
+      partial      of those whose gradient on a tensor-parallel rank is only a part of a sum over the ranks,
+      tokens       pixels [N, 3, image_size, image_size] -> what the tower makes of them [N, tokens, width],
+      forward      pixels, order=None -> [N, slots or prompt_rows, dim], without any randomness; kind llava: flat rows
+                   [rows, dim] of all pictures, in the order that `data.tiles.Geometry.order` gives.
+    shard: the place among tensor-parallel ranks, which share the tiles of kind llava; the other kinds read all of them
+    on each rank. Raises ValueError for sizes that do not fit together and for a tower that timm does not build.
     """
-    encoder = QFormerEncoder if config.kind == "qformer" else ClipEncoder
     with torch.device("meta"):
-        module = encoder(config, dim).to(dtype)
+        if config.kind == "llava":
+            module: nn.Module = LlavaEncoder(config, dim, shard or Shard())
+        else:
+            module = (QFormerEncoder if config.kind == "qformer" else ClipEncoder)(config, dim)
+        module = module.to(dtype)
     if torch.device(device).type != "meta":
         module.to_empty(device=device)
         module.init_weights(generator or torch.Generator().manual_seed(0))
@@ -47,6 +58,7 @@ class QFormerEncoder(nn.Module):
     """[start] proj(qformer(queries, tower(pixels))) [end], as BLIP-2 reads a picture and Accessory frames it."""
 
     prompt_rows = 0
+    unread = partial = frozenset[str]()
 
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
@@ -60,8 +72,12 @@ class QFormerEncoder(nn.Module):
         self.start = nn.Parameter(torch.empty(dim))
         self.end = nn.Parameter(torch.empty(dim))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        tokens = read_tokens(self.tower, pixels, size=self.config.image_size)
+    def tokens(self, pixels: Tensor) -> Tensor:
+        return read_tokens(self.tower, pixels, size=self.config.image_size)
+
+    def forward(self, pixels: Tensor, order: Tensor | None = None) -> Tensor:
+        assert order is None, "rows of one tile each stand in the order of their pictures"
+        tokens = self.tokens(pixels)
         count = tokens.shape[0]
         rows = self.proj(self.qformer(self.query_tokens.expand(count, -1, -1), tokens))
         start, end = (tag.to(rows.dtype).expand(count, 1, -1) for tag in (self.start, self.end))
@@ -87,6 +103,8 @@ class ClipEncoder(nn.Module):
     rows for an adapter's prefix, none for the sequence.
     """
 
+    unread = partial = frozenset[str]()
+
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
         self.config = config
@@ -98,9 +116,12 @@ class ClipEncoder(nn.Module):
         self.perceiver = Perceiver(config, dim) if perceives else nn.Identity()
         self.slots, self.prompt_rows = (0, config.queries) if perceives else (tokens, 0)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        tokens = read_tokens(self.tower, pixels, size=self.config.image_size)
-        return self.perceiver(self.proj(self.tower_proj(tokens)))
+    def tokens(self, pixels: Tensor) -> Tensor:
+        return read_tokens(self.tower, pixels, size=self.config.image_size)
+
+    def forward(self, pixels: Tensor, order: Tensor | None = None) -> Tensor:
+        assert order is None, "rows of one tile each stand in the order of their pictures"
+        return self.perceiver(self.proj(self.tower_proj(self.tokens(pixels))))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw the first weights for training from scratch from a CPU generator."""

@@ -10,13 +10,31 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from accessory.vision.config import VisionConfig
+from accessory.vision.config import MLP, VisionConfig
 from accessory.vision.tower import choose_attention
 
 
 def projection(width: int, dim: int) -> nn.Sequential:
     """Linear and LayerNorm (eps 1e-5): [.., width] -> [.., dim]."""
     return nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
+
+
+def stack(kind: str, width: int, dim: int, *, bias: bool = True) -> nn.Sequential:
+    """LLaVA's projector, [.., width] -> [.., dim]: linear, mlpNx_gelu (N linears, exact GELU between them), identity.
+
+    The linears are numbers 0, 2, 4, ... as at LLaVA. ValueError for an identity between widths that differ.
+    """
+    if kind == "identity":
+        if width != dim:
+            raise ValueError(
+                f"vision projector: got identity from {width} to {dim}, expected equal widths; choose linear"
+            )
+        return nn.Sequential()
+    depth = 1 if kind == "linear" else int(MLP.fullmatch(kind)[1])
+    layers: list[nn.Module] = [nn.Linear(width, dim, bias=bias)]
+    for _ in range(1, depth):
+        layers += [nn.GELU(), nn.Linear(dim, dim, bias=bias)]
+    return nn.Sequential(*layers)
 
 
 class Perceiver(nn.Module):

@@ -47,10 +47,32 @@ def token_shape(tower: nn.Module, size: int) -> tuple[int, int]:
 
 def read_tokens(tower: nn.Module, pixels: Tensor, *, size: int) -> Tensor:
     """Pixels [N, 3, size, size] of any float dtype -> the tower's last tokens [N, tokens, width] in its own dtype."""
+    return tower.forward_features(_prepared(tower, pixels, size))
+
+
+def read_layer(tower: nn.Module, pixels: Tensor, *, size: int, layer: int, prefix: bool) -> Tensor:
+    """Pixels [N, 3, size, size] -> the tokens [N, tokens, width] that block `layer` (0 the first) gives, without norm.
+
+    prefix: class token before those of the patches. Blocks behind it are not run.
+    """
+    found = tower.forward_intermediates(
+        _prepared(tower, pixels, size),
+        indices=[layer],
+        return_prefix_tokens=True,
+        stop_early=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )[0]
+    patches, before = found if isinstance(found, tuple) else (found, None)
+    return torch.cat([before, patches], dim=1) if prefix and before is not None else patches
+
+
+def _prepared(tower: nn.Module, pixels: Tensor, size: int) -> Tensor:
+    """Pixels in the tower's dtype, once their shape is right; the tower is told which attention pays."""
     if pixels.dim() != 4 or tuple(pixels.shape[1:]) != (3, size, size):
         raise ValueError(f"pixels: got shape {tuple(pixels.shape)}, expected [N, 3, {size}, {size}]; transform first")
     choose_attention(tower, fused=pixels.is_cuda)
-    return tower.forward_features(pixels.to(next(tower.parameters()).dtype))
+    return pixels.to(next(tower.parameters()).dtype)
 
 
 def choose_attention(module: nn.Module, *, fused: bool) -> None:
