@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from accessory.checkpoint import Checkpoint, open_folders
 from accessory.checkpoint.manifest import load_json
+from accessory.data.tiles import ANYRES, ASPECTS, Geometry
 from accessory.data.tokenizer import Tokenizer, open_tokenizer
 from accessory.dist import Ranks, Shard, default_dtype
 from accessory.model import Linear, Llama, LlamaConfig, cuts_of
@@ -33,11 +34,14 @@ TYPES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "llama_adapter": ("perceiver", {"bias_tuning": True, "norm_tuning": True, "prefix_len": 10}),
     "llama_qformerv2": ("qformer", {}),
     "llama_qformerv2_peft": ("qformer", {"bias_tuning": True, "norm_tuning": True}),
+    "llava": ("llava", {}),
+    "llava_peft": ("llava", {}),
 }
 # what configs carry and no part of the model reads
 PASSED_OVER = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encoder", "lora_args", "quantization_args"}
-# what PEFT may add outside the decoder, whatever the composition
-OUTSIDE = {"projector_lora_rank", "vision_lora_rank", "lora_alpha", "lora_rslora", "lora_dropout"}
+# what PEFT may add whatever the composition: LoRA outside the decoder, and what adapters bring
+OUTSIDE = {"projector_lora_rank", "vision_lora_rank", "projector_lora_targets", "vision_lora_targets"}
+OUTSIDE |= {"lora_alpha", "lora_rslora", "lora_dropout", "lora_modules"}
 DEFAULT_WINDOW = 4096  # Llama 2's; Meta's params.json does not say
 
 
@@ -64,6 +68,8 @@ class Bundle:
     llama_type: str
     source: str
     dtype: torch.dtype
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that the model's own generation_config ends an answer with; the template's and the tokenizer's come too."""
 
 
 def open_model(
@@ -76,12 +82,14 @@ def open_model(
     dtype: torch.dtype | None = None,
     quant: bool = False,
     max_seq_len: int | None = None,
+    anyres_compat: Literal["llava", "hf"] | None = None,
 ) -> Bundle:
     """Open folders of weights (base, then delta or PEFT folders in order) as this rank's model, for inference.
 
     Without paths: the tiny model that ships with the package. llama_type, llama_config (JSON files, later ones
     override) and tokenizer_path are needed only where the folders do not say. dtype: of weights and computation, None
     for the device's default. quant: NF4 storage of the seven linears of each layer. max_seq_len: the window in tokens.
+    anyres_compat: whose tiling a LLaVA follows, None for its folder's family.
     Raises ValueError or OSError, in one sentence, for anything that does not fit; then nothing is half loaded.
     """
     if not paths:
@@ -96,10 +104,14 @@ def open_model(
     if "dim" not in config:
         log.warning("no params.json or config.json says the model's sizes: taking LLaMA 7B's; give --llama_config")
     if max_seq_len:
-        config = _with_window(config, max_seq_len)
+        config = with_window(config, max_seq_len)
     spec = read_spec(
-        config, llama_type=llama_type or checkpoint.meta.get("llama_type"), keys=keys, vocab_size=tokenizer.size
+        config,
+        llama_type=llama_type or checkpoint.meta.get("llama_type"),
+        keys=keys,
+        vocab_size=tokenizer.size_for(config.get("vocab_size")),
     )
+    spec = spec if anyres_compat is None else _with_compat(spec, anyres_compat)
     if spec.vision is None and (stray := sorted(key for key in keys if key.startswith("vision."))):
         log.warning("%d tensors of a vision part without its tower are left out: %s ...", len(stray), stray[0])
         checkpoint.leave_out(stray)
@@ -109,26 +121,58 @@ def open_model(
     model.eval().requires_grad_(False)
     if not quant:
         model.fuse()
-    source = ", ".join(str(folder.path) for folder in checkpoint.folders)
     return Bundle(
         model=model,
         tokenizer=tokenizer,
         config=spec.llama,
         vision=spec.vision,
-        template=spec.template or "alpaca",
+        template=template_of(checkpoint, spec),
         llama_type=spec.llama_type,
-        source=source,
+        source=", ".join(str(folder.path) for folder in checkpoint.folders),
         dtype=dtype,
+        stop_ids=own_stop_ids(checkpoint, tokenizer),
     )
+
+
+def template_of(checkpoint: Checkpoint | None, spec: Spec) -> str:
+    """The name of the template that folders were made for: what their config says, or a Hugging Face folder's files."""
+    if spec.template is not None or checkpoint is None or "config" not in checkpoint.told:
+        return spec.template or "alpaca"
+    from accessory.data.chat_template import default_template  # and jinja, for such folders only
+
+    told = checkpoint.told
+    return default_template(told["config"], told.get("tokenizer_config"), told.get("chat_template"))
+
+
+def own_stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that generation_config.json (or config.json) of a Hugging Face folder ends an answer with."""
+    ids = checkpoint.meta.get("stop_ids", ())
+    return frozenset(token for token in ids if 0 <= token < tokenizer.size)
 
 
 def build(spec: Spec, *, shard: Shard | None = None, dtype: torch.dtype = torch.float32) -> Llama:
     """The whole model on the meta device: the decoder, `model.vision` where it sees, and what PEFT adds."""
     model = Llama(spec.llama, shard, device="meta", dtype=dtype)
     if spec.vision is not None:
-        model.vision = build_vision(spec.vision, spec.llama.dim, device="meta", dtype=dtype)
+        model.vision = build_vision(spec.vision, spec.llama.dim, device="meta", dtype=dtype, shard=shard)
     apply_peft(model, spec.peft, device="meta", dtype=dtype)
     return model
+
+
+def geometry(vision: VisionConfig, slots: int, *, image_transform: str | None = None) -> Geometry:
+    """What becomes of pictures before this encoder. slots: its own; image_transform: None for the model's own."""
+    look = {"size": vision.image_size, "mean": vision.mean, "std": vision.std}
+    if vision.kind != "llava":
+        return Geometry(slots, transform=image_transform or vision.image_transform, **look)
+    name = image_transform or vision.aspect
+    return Geometry(
+        slots,
+        transform=ASPECTS.get(name, name),
+        canvases=vision.canvases if vision.aspect == ANYRES else (),
+        side=vision.side,
+        unpad=vision.merge == "spatial_unpad",
+        **look,
+    )
 
 
 def load(
@@ -186,7 +230,8 @@ def read_spec(
     """
     config = {key: value for key, value in config.items() if key not in PASSED_OVER}
     sees = "vision" in config or any(key.startswith("vision.tower.") for key in keys)
-    kind = _type_of(keys) if llama_type is None else llama_type
+    brought = tuple(f"{name}.lora_" for name in config.get("lora_modules") or ())
+    kind = _type_of([key for key in keys if not key.startswith(brought)]) if llama_type is None else llama_type
     if kind not in TYPES:
         raise ValueError(f"llama_type: got {kind!r}, expected one of {', '.join(TYPES)}")
     vision_kind, peft_defaults = TYPES[kind]
@@ -204,7 +249,7 @@ def read_spec(
     if kind == "llama_adapter" and not peft.get("prefix_layers"):
         peft["prefix_layers"] = config.get("n_layers", LlamaConfig.n_layers)
     _check_types(PeftConfig, peft)
-    if kind in ("llama", "llama_qformerv2"):
+    if kind in ("llama", "llama_qformerv2", "llava"):
         adds = {name: peft[name] for name in ("lora_rank", "bias_tuning", "prefix_layers") if (peft.get(name) or 0) > 0}
         if adds:
             raise ValueError(
@@ -229,6 +274,8 @@ def _llama_config(config: dict[str, Any], vocab_size: int | None) -> LlamaConfig
             "high_freq_factor": float(config.pop("high_freq_factor", 4)),
             "original_max_position_embeddings": 8192,
         }
+    if "head_dim" in config:  # Mistral's params.json
+        config["head_width"] = config.pop("head_dim")
     unknown = sorted(set(config) - _names(LlamaConfig))
     if unknown:
         raise ValueError(
@@ -259,12 +306,14 @@ def _type_of(keys: Collection[str]) -> str:
     kind = (
         "llama_qformerv2"
         if any(key.startswith(("vision.qformer.", "vision.query_tokens")) for key in keys)
+        else "llava"
+        if any(key.startswith(("vision.proj.2.", "vision.image_newline")) for key in keys)
         else "llama"
     )
     return f"{kind}_peft" if peft else kind
 
 
-def _with_window(config: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
+def with_window(config: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
     """The config with another window; dynamic rotary scaling goes on from the window that the model was trained for."""
     scaling = config.get("rope_scaling")
     if isinstance(scaling, Mapping) and "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
@@ -273,11 +322,18 @@ def _with_window(config: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
     return {**config, "rope_scaling": scaling, "max_seq_len": max_seq_len}
 
 
+def _with_compat(spec: Spec, compat: Literal["llava", "hf"]) -> Spec:
+    """The spec with another one's tiling. ValueError for a model that has no tiles."""
+    if spec.vision is None or spec.vision.kind != "llava":
+        raise ValueError(f"anyres_compat: got {compat} for a {spec.llama_type}, expected a LLaVA; drop it")
+    return replace(spec, vision=replace(spec.vision, compat=compat))
+
+
 def _check_types(config: type, values: Mapping[str, Any]) -> None:
     """ValueError where a JSON value is of another type than its field."""
     plain = {"int": int, "float": (int, float), "bool": bool, "None": type(None), "dict": dict, "tuple": (list, tuple)}
-    for field in fields(config):
-        value, words = values.get(field.name, field.default), field.type.split(" | ")
+    for field in (field for field in fields(config) if field.name in values):
+        value, words = values[field.name], field.type.split(" | ")
         fits = [word for word in words if isinstance(value, plain[word.partition("[")[0]])]
         if not fits or (isinstance(value, bool) and "bool" not in words):
             raise ValueError(f"config: got {field.name} {value!r}, expected {field.type}; correct params.json")

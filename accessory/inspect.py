@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from accessory.checkpoint import manifest, names, open_folders
+from accessory.checkpoint import hub, manifest, names, open_folders
 from accessory.checkpoint.files import FORMS, Folder, recognise
 from accessory.checkpoint.read import open_source
 from accessory.checkpoint.shards import ShardFile
@@ -94,8 +94,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> Report:
     """Report on one folder. Nothing is raised for a bad one: what is wrong stands in `faults`, a sentence each."""
     report = Report(str(path))
     try:
-        folder = recognise(path)
-    except ValueError as error:
+        folder = recognise(hub.find(path))
+    except (ValueError, OSError) as error:
         report.faults.append(str(error))
         return report
     report.form, report.leftovers = folder.form, folder.leftovers
@@ -161,7 +161,7 @@ def _check_files(report: Report, folder: Folder, *, verify: bool) -> None:
 
 def _archive_fault(path: Path) -> str | None:
     """What a .pth file's own checksums say against it."""
-    if path.suffix != ".pth" or not zipfile.is_zipfile(path):
+    if path.suffix not in (".pth", ".bin") or not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
         bad = archive.testzip()
@@ -186,7 +186,7 @@ def _count(report: Report, source: Source | TrainingSource) -> None:
     report.parts = {part: parts[part] for part in order if part in parts}
     report.dtypes = dict(dtypes.most_common())
     report.tensors, report.parameters = len(shapes), sum(sizes.values())
-    report.partial = report.form in ("accessory", "training") and "tok_embeddings.weight" not in shapes
+    report.partial = report.form not in ("meta", "delta") and "tok_embeddings.weight" not in shapes
     report.discarded = len(source.discarded)
     if isinstance(source, TrainingSource):
         report.step, report.base = source.folder.facts.get("step"), source.folder.facts.get("base", [])

@@ -58,7 +58,7 @@ def answer(ranks: Ranks, folder: Path, **options: Any) -> torch.Tensor:
             else:
                 slots = torch.full((1, 6), -1)
                 slots[0, 1:4] = torch.arange(3)
-                inputs |= {"features": features.flatten(0, 1), "slots": slots}
+                inputs |= {"features": features.flatten(0, -2), "slots": slots}
         return model.output(model(IDS, positions_of(IDS), **inputs))
 
 

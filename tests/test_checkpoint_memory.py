@@ -28,7 +28,7 @@ def load(folders, dtype):
     checkpoint = open_folders(folders)
     cuts = {}
     for key, cut in checkpoint.cuts().items():
-        cuts[key] = Cut(cut.shape, 0 if ".w1." in key else 1, 0, cut.shape[0] // 2)
+        cuts[key] = Cut(cut.shape, 0 if ".w1." in key or ".wq." in key else 1, 0, cut.shape[0] // 2)
     return [tensor for _, tensor in checkpoint.tensors(cuts, dtype=dtype)]
 
 def case(work, *args):
@@ -55,6 +55,7 @@ jobs = {
     "pth to bf16": (case, load, [f"{work}/pth"], torch.bfloat16),
     "safetensors to bf16": (case, load, [f"{work}/safetensors"], torch.bfloat16),
     "two shards": (case, load, [f"{work}/pth2"], None),
+    "hugging face": (case, load, [f"{work}/hf"], None),
     "base and delta": (case, load, [f"{work}/pth", f"{work}/delta"], None),
     "write safetensors": (peak, [f"{work}/pth"], f"{work}/out1", "safetensors"),
     "write pth": (peak, [f"{work}/pth"], f"{work}/out2", "pth"),
@@ -81,6 +82,14 @@ def figures(tmp_path_factory):
         part = {n: t.chunk(2, 0 if ".w1." in n else 1)[shard].clone() for n, t in tensors.items()}
         torch.save({"model": part}, work / "pth2" / f"consolidated.{shard:02d}-of-02.model.pth")
     save_file(tensors, work / "safetensors" / "consolidated.00-of-01.model.safetensors")
+    (work / "hf").mkdir()
+    parts = ("mlp.gate_proj", "self_attn.q_proj")
+    save_file(
+        {f"model.layers.{i // 2}.{parts[i % 2]}.weight": torch.full((SIZE, SIZE), float(i)) for i in range(COUNT)},
+        work / "hf" / "model.safetensors",
+    )
+    config = {"model_type": "llama", "hidden_size": SIZE, "num_attention_heads": 8}
+    (work / "hf" / "config.json").write_text(json.dumps(config))
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     save_file(halves, work / "delta" / "consolidated.00-of-01.model-diff.safetensors")
     command = [sys.executable, "-c", MEASURE, str(work)]
@@ -88,7 +97,9 @@ def figures(tmp_path_factory):
     return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", ["pth", "safetensors", "pth to bf16", "safetensors to bf16", "two shards"])
+@pytest.mark.parametrize(
+    "name", ["pth", "safetensors", "pth to bf16", "safetensors to bf16", "two shards", "hugging face"]
+)
 def test_loading_half_of_a_folder_takes_at_most_a_third_more_than_it_keeps(figures, name):
     figure = figures[name]
     wanted = SIZE * SIZE * COUNT // 2 * (2 if "bf16" in name else 4)

@@ -137,7 +137,7 @@ def test_stored_prompts_equal_prompts_computed_in_the_forward() -> None:
 @pytest.mark.parametrize(
     ("peft", "word"),
     [
-        ({"lora_rank": 2, "lora_targets": ("q_proj",)}, "lora_targets"),
+        ({"lora_rank": 2, "lora_targets": ("q_projection",)}, "lora_targets"),
         ({"prefix_layers": 2, "prefix_len": 0}, "prefix_len"),
         ({"prefix_layers": 9}, "prefix_layers"),
         ({"prefix_layers": -1}, "prefix_layers"),

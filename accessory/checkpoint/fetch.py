@@ -150,7 +150,7 @@ def fetch(wanted: Wanted, target: str | Path) -> list[Path]:
                     raise _Damaged(f"{path}: {fault} after fetching it, and was removed; run the command again")
             done.append(path)
     except Exception as error:
-        if isinstance(error, _Damaged) or not _is_of_network(error):
+        if isinstance(error, _Damaged) or not is_of_network(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
@@ -183,7 +183,7 @@ def _listing(wanted: Wanted) -> tuple[str, list[RepoFile]]:
     return revision, found
 
 
-def _is_of_network(error: Exception) -> bool:
+def is_of_network(error: Exception) -> bool:
     """Whether an error is the hub's or the network's: the hub's client has changed its HTTP library several times."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         return False  # it is the disk's

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accessory.checkpoint import manifest
+from accessory.checkpoint.huggingface import folder as huggingface
 
 FORMS = {
     "meta": "Meta's (consolidated.NN.pth)",
@@ -19,6 +20,8 @@ FORMS = {
     "old": "the oldest Accessory's (consolidated.NN-of-MM.pth)",
     "delta": "delta weights (consolidated.NN-of-MM.model-diff.*)",
     "training": "a training checkpoint's (state-NNNNN-of-MMMMM.safetensors)",
+    "huggingface": "Hugging Face's (config.json with *.safetensors or *.bin)",
+    "adapter": "a PEFT adapter's (adapter_config.json with adapter_model.*)",
 }
 _INDEX, _COUNT, _EXT = r"(?P<index>\d{2,})", r"(?P<count>\d{2,})", r"(?P<ext>pth|safetensors)"
 _SHARDS = (
@@ -31,7 +34,10 @@ _SHARDS = (
 )
 # a training run's state beside its weights: never loaded here, but counted
 _LEFTOVER = re.compile(r"consolidated\..*\.(optimizer|other)\.\w+|rank-specific-.*|(optimizer|trainer)[.-].*")
-_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+# beside an adapter of ours: what PEFT's form has no place for, under canonical names; and which base it is for
+_OWN = "accessory"
+BESIDE, KIN = f"{_OWN}.safetensors", f"{_OWN}.json"
 EXACT = "exact.safetensors"
 FACTS = "facts.json"
 
@@ -42,7 +48,7 @@ class Folder:
 
     path: Path
     form: str
-    """meta, accessory (the oldest too), delta or training."""
+    """meta, accessory (the oldest too), delta, training, huggingface or adapter."""
     shards: tuple[Path, ...]
     config: dict[str, Any] = field(default_factory=dict)
     """config.json or params.json; empty where there is none (legacy folders)."""
@@ -52,17 +58,22 @@ class Folder:
     """What a delta of ours cannot say in its own dtype."""
     leftovers: int = 0
     """Files of a training run (optimiser, loader state) that were passed over."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """Of Hugging Face's folders and adapters: their small files as they are (`huggingface.folder.Found.told`)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Of a training checkpoint: its step, `base` (the folders that the run began with) and what else the run noted."""
 
 
-def recognise(path: str | Path) -> Folder:
-    """Find out what a folder of weights is. Raises ValueError, in one sentence, when it is none that can be read."""
+def recognise(path: str | Path, *, state: bool = True) -> Folder:
+    """Find out what a folder of weights is. Raises ValueError, in one sentence, when it is none that can be read.
+
+    state: a checkpoint of a run that holds all weights in Hugging Face's form too is one; otherwise those count.
+    """
     folder = Path(path)
     if str(path).startswith("hf://"):
         raise ValueError(f"{path}: is on the hub, expected a folder here; fetch it first (tools/download.py)")
     if not folder.exists():
-        raise ValueError(f"{folder}: no such folder; give the folder that holds the consolidated.* files")
+        raise ValueError(f"{folder}: no such folder; check the path")
     if not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder of weights; give {folder.parent}")
     listing = sorted(entry.name for entry in folder.iterdir())
@@ -70,6 +81,12 @@ def recognise(path: str | Path) -> Folder:
         raise ValueError(
             f"{folder}: writing it was cut short ({manifest.UNFINISHED} lies in it); delete it and write it again"
         )
+    ours = [form for name in listing for form, pattern in _SHARDS if pattern.fullmatch(name)]
+    if not ours or (not state and {*ours} == {"training"} and holds_all(listing)):
+        if "adapter_config.json" in listing:
+            return _adapter(folder, listing)
+        if huggingface.holds(listing):
+            return _huggingface(folder, listing)
     form, found = _shards(folder, listing)
     exact = folder / EXACT if form == "delta" and EXACT in listing else None
     return Folder(
@@ -83,6 +100,12 @@ def recognise(path: str | Path) -> Folder:
         leftovers=sum(1 for name in listing if _LEFTOVER.fullmatch(name)),
         facts=manifest.load_json(folder / FACTS) if form == "training" and FACTS in listing else {},
     )
+
+
+def holds_all(listing: Iterable[str]) -> bool:
+    """Whether a folder of these files has all weights of a model in Hugging Face's form."""
+    names = {*listing}
+    return "config.json" in names and huggingface.holds(names - {*huggingface.PARTIAL})
 
 
 def check_written(folder: Folder, *, ours: bool) -> None:
@@ -142,19 +165,15 @@ def _shards(folder: Path, listing: list[str]) -> tuple[str, list[str]]:
 
 def _no_shards(folder: Path, listing: list[str]) -> str:
     """The sentence for a folder without consolidated.* files: what it is instead, and what to do."""
-    if "adapter_config.json" in listing:
-        return f"{folder}: a Hugging Face PEFT adapter, which this version does not read; merge it with peft first"
-    if any(_WEIGHTS.fullmatch(name) for name in listing):
-        return (
-            f"{folder}: weights in Hugging Face form, which this version does not read; give the model's original"
-            " consolidated.* files" + _hint(folder, listing)
-        )
     if gguf := [name for name in listing if name.endswith(".gguf")]:
         return f"{folder}: weights of llama.cpp ({gguf[0]}), which are not read; give the original weights"
     holds = f"it holds {few(listing, most=5)}" if listing else "it is empty"
     what = "only a training run's state" if any(_LEFTOVER.fullmatch(name) for name in listing) else "no weights"
     hint = _hint(folder, listing)
-    return f"{folder}: {what} here, expected consolidated.* files, and {holds}; give another folder{hint}"
+    return (
+        f"{folder}: {what} here, expected consolidated.* files or a Hugging Face folder's, and {holds};"
+        f" give another folder{hint}"
+    )
 
 
 def _hint(folder: Path, listing: list[str]) -> str:
@@ -171,6 +190,7 @@ def _holds_weights(folder: Path) -> Iterator[Path]:
     """Files of weights in the forms that are read."""
     yield from folder.glob("consolidated.*")
     yield from folder.glob("state-*-of-*.safetensors")
+    yield from (path for path in folder.iterdir() if huggingface.holds([path.name]) or path.name in _ADAPTER)
 
 
 def _config(folder: Path, listing: list[str], form: str) -> dict[str, Any]:
@@ -185,7 +205,46 @@ def _config(folder: Path, listing: list[str], form: str) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path, form: str) -> Path | None:
-    """The tokenizer file; Meta's releases keep it one folder up."""
+    """The tokenizer file, or its folder where tokenizer_config.json says more; Meta's releases keep it one up."""
     places = [folder, folder.parent] if form == "meta" else [folder]
     found = (place / name for place in places for name in ("tokenizer.model", "tokenizer.json"))
-    return next((path for path in found if path.is_file()), None)
+    path = next((path for path in found if path.is_file()), None)
+    return path.parent if path is not None and (path.parent / "tokenizer_config.json").is_file() else path
+
+
+def _huggingface(folder: Path, listing: list[str]) -> Folder:
+    """A Hugging Face folder; of a tower by itself, nothing but its tensors counts."""
+    found = huggingface.look(folder, listing)
+    named = {*found.shards, *huggingface.INDEXES}
+    passed = [name for name in listing if huggingface.is_weights(name) or _LEFTOVER.fullmatch(name)]
+    return Folder(
+        path=folder,
+        form="huggingface",
+        shards=tuple(folder / name for name in found.shards),
+        config=found.flat,
+        meta=found.meta,
+        tokenizer=_tokenizer(folder, "huggingface") if found.flat or "config" not in found.told else None,
+        leftovers=sum(1 for name in passed if name not in named),
+        told=found.told,
+    )
+
+
+def _adapter(folder: Path, listing: list[str]) -> Folder:
+    """A PEFT adapter, and what LLaVA's training keeps beside it. ValueError where its weights are missing."""
+    found = next((name for name in _ADAPTER if name in listing), None)
+    if found is None:
+        raise ValueError(
+            f"{folder}: has adapter_config.json without {' or '.join(_ADAPTER)}; fetch or copy the folder again"
+        )
+    beside = [name for name in (*huggingface.PARTIAL, BESIDE) if name in listing]
+    told = {"adapter": manifest.load_json(folder / "adapter_config.json"), **huggingface.papers(folder, listing)}
+    if KIN in listing:
+        told["accessory"] = manifest.load_json(folder / KIN)
+    return Folder(
+        path=folder,
+        form="adapter",
+        shards=tuple(folder / name for name in (found, *beside)),
+        tokenizer=_tokenizer(folder, "adapter"),
+        leftovers=sum(1 for name in listing if _LEFTOVER.fullmatch(name)),
+        told=told,
+    )

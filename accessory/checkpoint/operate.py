@@ -41,7 +41,8 @@ class Job:
     def form(self, source: Checkpoint, *, is_delta: bool = False) -> Form:
         """The form of the output."""
         base = source.folders[0]
-        shards = len(base.shards) if self.shards is None else self.shards
+        like = 1 if base.form == "huggingface" else len(base.shards)  # where shards are no cuts of tensors
+        shards = like if self.shards is None else self.shards
         tied = bool(source.config.get("tied"))
         return Form(shards=shards, fmt=self.fmt, dtype=self.dtype, delta=is_delta, tied=tied)
 

@@ -5,7 +5,9 @@ Must not know a model: what is wanted comes as cuts.
 
 from __future__ import annotations
 
+import logging
 import mmap
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -14,38 +16,104 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint import delta
+from accessory.checkpoint import delta, hub
 from accessory.checkpoint.files import Folder, few, recognise
 from accessory.checkpoint.headers import Spec
+from accessory.checkpoint.huggingface.adapter import AdapterSource
+from accessory.checkpoint.huggingface.source import HuggingFaceSource
+from accessory.checkpoint.merge import LoraDelta, check_kin, lay, refuse_twice
 from accessory.checkpoint.reshard import Join
 from accessory.checkpoint.source import Source
 from accessory.checkpoint.training import TrainingSource
 from accessory.dist import Cut
 
-Holder = tuple[Source | TrainingSource, Join]
+log = logging.getLogger(__name__)
+
+AnySource = Source | TrainingSource | HuggingFaceSource | AdapterSource | LoraDelta
+Holder = tuple[AnySource, Join]
 
 
-def open_folders(paths: Sequence[str | Path] | str | Path) -> Checkpoint:
+def open_folders(paths: Sequence[str | Path] | str | Path, *, merge: bool = False) -> Checkpoint:
     """Open a base folder, then delta or partial (PEFT) folders that add to it or replace its keys, in this order.
 
-    Only headers are read. Raises ValueError, in one sentence naming the folder, for a folder that is not recognised,
-    mixes forms, lacks shards, is damaged or unfinished, and for a delta in the first place.
+    A string may be a hub id; the tower that an original LLaVA's folder names and lacks is opened too, and so is the
+    base of adapters that come alone. merge: what LoRA adds, adapters' and the folders' own, is summed into the weights
+    as they are read (in fp32, cast once), and its factors are gone. Only headers are read. Raises ValueError, in one
+    sentence naming the folder, for a folder that is not recognised, mixes forms, lacks shards, is damaged or
+    unfinished, for a delta in the first place, and for an adapter of another base or one that is merged already;
+    OSError where a hub id cannot be fetched.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("no folder of weights was given; pass at least the base model's (--pretrained_path)")
-    sources = [open_source(recognise(path)) for path in paths]
+    folders = [recognise(hub.find(path), state=False) for path in paths]
+    folders = [*map(recognise, _bases_of(folders[0])), *folders]
+    refuse_twice(folders)
+    adapters = [folder for folder in folders if folder.form == "adapter"]
+    first = folders.index(adapters[0]) if adapters else len(folders)
+    sources = [open_source(folder) for folder in folders[:first]]
+    behind = [open_source(folder) for folder in folders[first:] if folder.form != "adapter"]
+    laid = AdapterSource(adapters, head_dim=_head_dim(sources)) if adapters else None
+    _add_towers(sources, [*behind, *([] if laid is None else [laid])])
     if sources[0].folder.form == "delta":
         raise ValueError(
             f"{sources[0].folder.path}: holds delta weights, which mean nothing without their base; give the base"
             " folder first, then this one"
         )
-    return Checkpoint(sources)
+    if laid is not None:
+        check_kin(Checkpoint(sources), laid)
+    return Checkpoint(lay(sources, laid, behind, merge=merge))
 
 
-def open_source(folder: Folder) -> Source | TrainingSource:
+def open_source(folder: Folder) -> AnySource:
     """Open one recognised folder. Raises ValueError for damage, and for a folder of ours that is not complete."""
-    return TrainingSource(folder) if folder.form == "training" else Source(folder)
+    if folder.form == "adapter":
+        return AdapterSource([folder])
+    kinds = {"training": TrainingSource, "huggingface": HuggingFaceSource}
+    return kinds.get(folder.form, Source)(folder)
+
+
+def _bases_of(first: Folder) -> list[Path]:
+    """The folders before an adapter or a checkpoint of trained parts that comes alone, as it says itself.
+
+    ValueError for an adapter that names no base.
+    """
+    named = first.facts.get("base", []) if first.form == "training" else []
+    named = [name for name in named if all(Path(base).is_dir() for base in named)]
+    if first.form == "adapter":
+        named = [first.told["adapter"].get("base_model_name_or_path")]
+        if not named[0]:
+            raise ValueError(f"{first.path}: an adapter that names no base; give the base's folder before it")
+    if named:
+        log.info("%s holds no whole model: it goes on %s, as it says", first.path, ", ".join(named))
+    return [hub.find(name) for name in named]
+
+
+def _head_dim(sources: Sequence[AnySource]) -> int | None:
+    """The width of an attention head, as the folders say it together."""
+    config = {key: value for source in sources for key, value in source.folder.config.items() if value is not None}
+    if "dim" not in config and "head_width" not in config:
+        return None
+    return config.get("head_width") or config["dim"] // config.get("n_heads", 32)
+
+
+def _add_towers(sources: list[AnySource], above: Sequence[AnySource]) -> None:
+    """Where LLaVA's folders hold no tower, put the one that they name behind the base."""
+    every = [*sources, *above]
+    named = [source.folder for source in every if "tower" in source.folder.told]
+    tower = re.compile(r"vision\.tower\.(?!.+\.lora_[ab]\.weight)")
+    if not named or any(tower.match(key) for source in every for key in source.stored):
+        return
+    path, name = named[-1].path, named[-1].told["tower"]
+    if named[-1].told["config"].get("unfreeze_mm_vision_tower"):
+        raise ValueError(f"{path}: its vision tower was trained with it, but is not there; fetch the folder again")
+    try:
+        found = open_source(recognise(hub.find(name)))
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{path}: its vision tower is not there, and {error}; or give its folder after it") from error
+    log.info("the vision tower comes from %s, as the config says", found.folder.path)
+    sources.insert(1, found)
 
 
 class Checkpoint:
@@ -56,15 +124,19 @@ class Checkpoint:
     folder's form, shards and path.
     """
 
-    def __init__(self, sources: Sequence[Source | TrainingSource]) -> None:
+    def __init__(self, sources: Sequence[AnySource]) -> None:
         """Merge the small files: later folders override fields that they set."""
         self.sources = tuple(sources)
-        self.folders = tuple(source.folder for source in sources)
+        self.folders = tuple({source.folder.path: source.folder for source in sources}.values())
         self.config: dict[str, Any] = {}
         self.meta: dict[str, Any] = {}
         for folder in self.folders:
             for merged, own in ((self.config, folder.config), (self.meta, folder.meta)):
                 merged.update({key: value for key, value in own.items() if value is not None or key not in merged})
+        self.told: dict[str, Any] = next(
+            (f.told for f in reversed(self.folders) if "config" in f.told and f.config), {}
+        )
+        """The small files of the last Hugging Face folder that describes a model, as they are."""
         for private in ("writer", "restores"):
             self.meta.pop(private, None)
         self.tokenizer: Path | None = next((f.tokenizer for f in reversed(self.folders) if f.tokenizer), None)
@@ -133,6 +205,17 @@ class Checkpoint:
         """
         plan = self._plan(cuts, optional)
         return self._read(plan, cuts, dtype, dtypes or {})
+
+    def some(self, cuts: Mapping[str, Cut], *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield slices of a few tensors that are there, whatever else the folders hold."""
+        held = {key: [(s, s.guess(key)) for s in self.sources if key in s.stored] for key in cuts}
+        return self._read(list(held.items()), cuts, dtype, {})
+
+    def before_deltas(self, key: str, cut: Cut, *, dtype: torch.dtype) -> Tensor:
+        """A tensor as it is before deltas and merged LoRA are added to it."""
+        held = [(source, source.guess(key)) for source in self.sources if key in source.stored]
+        plain = [(source, join) for source, join in held if not source.is_delta]
+        return next(self._read([(key, plain)], {key: cut}, dtype, {}))[1]
 
     def _read(
         self,

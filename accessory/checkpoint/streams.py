@@ -26,9 +26,9 @@ _LOCAL, _CENTRAL = struct.Struct("<26xHH"), struct.Struct("<16xI8xHHH12x")  # of
 class SafetensorsWriter:
     """A safetensors file of known tensors: the header goes first, each tensor then to its place."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] = METADATA) -> None:
         """Write the header."""
-        start, self._offsets = lay_out(specs, METADATA)
+        start, self._offsets = lay_out(specs, metadata)
         ends = [self._offsets[name] + spec.nbytes for name, spec in specs.items()]
         self._file = open(path, "wb", buffering=0)
         write_at(self._file.fileno(), memoryview(start), 0)
@@ -76,14 +76,14 @@ class GrowingWriter:
 class PthWriter:
     """A torch file of {"model": {...}}: torch.save lays it out from shapes alone, with holes that `put` fills."""
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
-        """Lay the file out. OSError when there is no room for it."""
+    def __init__(self, path: Path, specs: Mapping[str, Spec], *, flat: bool = False) -> None:
+        """Lay the file out; flat: the tensors without "model" around them. OSError when there is no room for it."""
         self.path = path
         # never touched, so this is address space and no memory
         model = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
         try:
             with torch.serialization.skip_data():
-                torch.save({"model": model}, path)
+                torch.save(model if flat else {"model": model}, path)
         except RuntimeError as error:
             raise OSError(errno.ENOSPC, f"torch.save: {str(error).splitlines()[0]}") from error
         with zipfile.ZipFile(path) as archive:

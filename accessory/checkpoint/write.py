@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +34,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 
 
@@ -60,6 +62,8 @@ class Form:
     delta: bool = False
     tied: bool = False
     """Embedding and output are one matrix, cut on the vocabulary."""
+    meta: bool = False
+    """Meta's form: consolidated.NN.pth under canonical names, and params.json."""
 
     def __post_init__(self) -> None:
         """Check the values a user can set."""
@@ -67,9 +71,12 @@ class Form:
             raise ValueError(f"format: got {self.fmt!r}, expected one of {', '.join(FORMATS)}")
         if not 1 <= self.shards <= 100:
             raise ValueError(f"shards: got {self.shards}, expected 1 to 100; most models use 1, 2, 4 or 8")
+        assert not self.meta or self.fmt == "pth", "Meta's form is .pth"
 
     def name(self, shard: int) -> str:
         """The name of a shard's file."""
+        if self.meta:
+            return f"consolidated.{shard:02d}.pth"
         kind = "model-diff" if self.delta else "model"
         return f"consolidated.{shard:02d}-of-{self.shards:02d}.{kind}.{self.fmt}"
 
@@ -81,6 +88,8 @@ class Papers:
     config: Mapping[str, Any] | None = None
     meta: Mapping[str, Any] | None = None
     tokenizer: str | Path | None = None
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Further texts by name, in place of the tokenizer's files of these names."""
 
     def write(self, place: Callable[[str], Path]) -> None:
         """Write config.json, meta.json and the tokenizer's files where `place` says for each name."""
@@ -88,7 +97,10 @@ class Papers:
             _write_json(place("config.json"), self.config)
         _write_json(place("meta.json"), {**(self.meta or {}), "writer": WRITER})
         for name, source in tokenizer_files(self.tokenizer).items():
-            shutil.copyfile(source, place(name))
+            if name not in self.more:
+                shutil.copyfile(source, place(name))
+        for name, text in self.more.items():
+            place(name).write_text(text, encoding="utf-8")
 
 
 def write_folder(
@@ -131,7 +143,9 @@ class FolderWriter:
     def __init__(self, path: Path, specs: Mapping[str, Spec], *, form: Form) -> None:
         """`specs`: every tensor to come, in full, as it will be put."""
         self.form = form
-        self._names = names.in_files(specs, reference=form.fmt == "pth")
+        self._names = names.in_files(specs, reference=form.fmt == "pth" and not form.meta)
+        if form.meta:
+            self._names = {key: (key, None) for key in specs}
         self._specs = {key: _cast(spec, form.dtype) for key, spec in specs.items()}
         self._plans = [self._plan(shard) for shard in range(form.shards)]
         self._missing = set(specs)
@@ -139,7 +153,7 @@ class FolderWriter:
         self._exact: GrowingWriter | None = None
         nbytes = sum(spec.nbytes for plan in self._plans for spec in plan.values())
         files = [form.name(shard) for shard in range(form.shards)]
-        self._stage = Stage(path, [*files, "meta.json"], nbytes=nbytes)
+        self._stage = Stage(path, [*files, *([] if form.meta else ["meta.json"])], nbytes=nbytes)
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Write one full tensor."""
@@ -177,13 +191,20 @@ class FolderWriter:
         with self._stage.explained():
             for file in self._files:
                 file.close()
-            Papers(config, meta, tokenizer).write(self._stage.path)
+            if self.form.meta:
+                _write_json(self._stage.path("params.json"), config or {})
+                for name, source in tokenizer_files(tokenizer).items():
+                    shutil.copyfile(source, self._stage.path(name))
+                if meta:
+                    _write_json(self._stage.path("meta.json"), meta)
+            else:
+                Papers(config, meta, tokenizer).write(self._stage.path)
         self._stage.commit()
 
     def __enter__(self) -> FolderWriter:
         """Create the files."""
         self._stage.__enter__()
-        make = SafetensorsWriter if self.form.fmt == "safetensors" else PthWriter
+        make = SafetensorsWriter if self.form.fmt == "safetensors" else partial(PthWriter, flat=self.form.meta)
         try:
             with self._stage.explained():
                 for shard, plan in enumerate(self._plans):
