@@ -16,6 +16,23 @@ _HOMES = {
     "open_tokenizer": "accessory.data.tokenizer",
     "open_model": "accessory.assemble",
     "Engine": "accessory.engine",
+    "load": "accessory.face.loaded",
+    "Model": "accessory.face.loaded",
+    "GenerationConfig": "accessory.face.generation",
+    "ModelType": "accessory.face.swift",
+    "get_model_tokenizer": "accessory.face.swift",
+    "get_template": "accessory.face.swift",
+    "get_default_template_type": "accessory.face.swift",
+    "inference": "accessory.face.swift",
+    "inference_stream": "accessory.face.swift",
+    "seed_everything": "accessory.face.swift",
+    "SftArguments": "accessory.face.mains",
+    "InferArguments": "accessory.face.mains",
+    "ExportArguments": "accessory.face.mains",
+    "sft_main": "accessory.face.mains",
+    "infer_main": "accessory.face.mains",
+    "export_main": "accessory.face.mains",
+    "merge_lora_main": "accessory.face.mains",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -23,10 +23,12 @@ class Keyboard:
     """Standard input, as a context: outside it Ctrl-C is a signal as ever.
 
     What is typed while an answer is made is kept for the next question, but for what precedes ^C. Where GNU readline
-    or stdout's terminal is missing, Ctrl-C at a prompt stays a signal.
+    or stdout's terminal is missing, Ctrl-C at a prompt stays a signal. prompts: those who feed a pipe get the prompts
+    on stdout too, as a scripted session of a known protocol has them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, prompts: bool = False) -> None:
+        self._prompts = prompts
         self.terminal = os.name == "posix" and sys.stdin is not None and sys.stdin.isatty()
         """Whether a person sits there."""
         self._typed = b""
@@ -46,10 +48,13 @@ class Keyboard:
         self._modes.close()
 
     def ask(self, prompt: str) -> str | None:
-        """One line without its end; None at the end of the input (Ctrl-D). The prompt is shown to a person only."""
+        """One line without its end; None at the end of the input (Ctrl-D). A pipe sees no prompt unless it wants to."""
         if sys.stdin is None:
             return None
         if not self.terminal:
+            if self._prompts:
+                sys.stdout.write(prompt)
+                sys.stdout.flush()
             line = sys.stdin.readline()
             return line.rstrip("\r\n") if line else None
         ahead, self._typed = _edited(self._typed), b""

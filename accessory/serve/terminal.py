@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,10 +17,11 @@ from accessory.dist import launch
 from accessory.dist.place import read_place
 from accessory.serve.keyboard import Keyboard
 from accessory.serve.settings import Settings
+from accessory.serve.speaker import Speaker
 
 if TYPE_CHECKING:
     from accessory.assemble import Bundle
-    from accessory.engine import Engine, Request
+    from accessory.engine import Engine
     from accessory.model import Sampling
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ KINDS: dict[Kind, str] = {
     "single_turn_mm": "Ask a multimodal model about a picture, one question at a time.",
 }
 WINDOW = 4096  # tokens, where nobody asks for more: a cache of a long-context model's whole window may not fit
-
-# what a terminal would take for a command; from a model it is noise
-_COMMANDS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
@@ -109,73 +107,6 @@ def _lead(kind: Kind, settings: Settings, sampling: Sampling, engine: Engine, bu
     else:
         with Keyboard() as keyboard:
             Session(kind, speaker, keyboard, image=settings.image).run()
-
-
-class Speaker:
-    """Asks the engine, and shows the answer as it comes."""
-
-    def __init__(self, engine: Engine, sampling: Sampling, template: str, *, max_gen_len: int) -> None:
-        from accessory.data.template import get_template
-        from accessory.engine import Conversation
-
-        self._engine, self._sampling, self._template, self._length = engine, sampling, template, max_gen_len
-        words = "".join(item for item in get_template(template).user if isinstance(item, str))
-        self.takes_silence = not words.replace("{text}", "").strip()
-        """Whether an empty question is one: the template adds no words of its own."""
-        self.history = Conversation()
-        self._plain = not sys.stdout.isatty()
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")
-
-    def answer(
-        self, text: str, pictures: Sequence[str] = (), *, stopped: Callable[[], bool] = lambda: False
-    ) -> tuple[str, bool]:
-        """Ask within the history and print the answer, ended by one newline; (what was said, whether it was stopped).
-
-        Raises ValueError or OSError for what cannot be asked; then nothing was printed.
-        """
-        answer = self._engine.submit(self._request(text, pictures))
-        shown, last = 0, ""
-        while answer.result is None or shown < len(answer.parts):
-            if answer.result is None:
-                self._engine.step()
-                if stopped():
-                    self._engine.cancel(answer)
-            for part in answer.parts[shown:]:
-                sys.stdout.write(part if self._plain else part.translate(_COMMANDS))
-                shown, last = shown + 1, part[-1]
-            sys.stdout.flush()
-        assert answer.result is not None, f"the loop ended before answer {answer.id} did"
-        if last != "\n":
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        if answer.result.finish == "length":
-            full = answer.result.prompt_tokens + len(answer.result.ids) >= self._engine.window
-            bound = "--max_seq_len" if full else "--max_gen_len"
-            log.info("(cut after %d tokens; %s allows more)", len(answer.result.ids), bound)
-        return answer.result.text, answer.result.finish == "cancelled"
-
-    def _request(self, text: str, pictures: Sequence[str]) -> Request:
-        """The request. Of a history that leaves too little room for an answer the oldest exchanges go, not quietly."""
-        from accessory.engine import Request
-
-        room, forgotten = min(self._length, self._engine.window // 4), 0
-        while True:
-            turns, shown = self.history.asked(text, pictures)
-            request = Request(
-                turns,
-                pictures=shown,
-                template=self._template,
-                sampling=self._sampling,
-                max_gen_len=self._length,
-            )
-            if not self.history.exchanges or self._engine.length(request) + room <= self._engine.window:
-                break
-            self.history.forget_oldest()
-            forgotten += 1
-        if forgotten:
-            log.info("(the window is full: the oldest %d exchange(s) of the conversation are forgotten)", forgotten)
-        return request
 
 
 @dataclass
