@@ -205,6 +205,21 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "drawings.json:2" in said and "broken.png" in said
 
 
+def test_pictures_and_rows_that_were_passed_over_are_counted_over_all_ranks_and_restarts(tmp_path: Path) -> None:
+    path = drawings(tmp_path, 4)
+    rows = json.loads(path.read_text())
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    rows[1]["image"] = rows[3]["image"] = "broken.png"
+    path.write_text(json.dumps(rows))
+    settings = {"dataset": path, "output_dir": tmp_path / "run", "on_bad_row": "skip", "packing": "false"}
+    settings |= {"nproc_per_node": 2, "per_device_train_batch_size": 1, "cutoff_len": 96, "save_steps": 2}
+    train(tmp_path, max_steps=2, **settings)
+    said = train(tmp_path, max_steps=4, **settings).stderr
+    assert "4 times a row was not learned since its picture cannot be read" in said
+    facts = json.loads((tmp_path / "run" / "checkpoint-4" / "facts.json").read_text())
+    assert facts["watch"]["total_pictures"] == 8
+
+
 def test_a_data_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     said = refused(tmp_path, dataset=tmp_path / "nowhere.json", output_dir=tmp_path / "run", cutoff_len=64)
     assert "nowhere.json" in said and "no such file" in said
@@ -218,7 +233,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     try:
         assert first.stderr is not None
         next(line for line in first.stderr if line.startswith("step 1/"))
-        assert "in use" in refused(tmp_path, **settings) or "another" in refused(tmp_path, **settings)
+        assert "another run is writing" in refused(tmp_path, **settings)
     finally:
         first.kill()
         first.communicate()

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import torch
 from states import ALONE, equal, mounted, pieces_of, read, steps, values
 
 from accessory.checkpoint import manifest
+from accessory.dist.ranks import host_group
 from accessory.train import stop
 from accessory.train.folder import RunFolder, set_aside
 from accessory.train.resume import check_facts, find_checkpoint
@@ -377,6 +380,16 @@ def test_all_ranks_learn_the_choice_of_the_first(run, damage):
     step = 2 if damage else 3
     answers = run_ranks(choose, 2, run, damage, tp=1)
     assert answers == [(run / f"checkpoint-{step}", step, 7)] * 2
+
+
+def choose_by(ranks, folder):
+    patient = host_group(timedelta(hours=1))
+    with RunFolder(folder, replace(ranks, host_group=None), group=patient) as taken:
+        return taken.find("auto").step
+
+
+def test_the_group_that_is_given_waits_for_the_choice(run):
+    assert run_ranks(choose_by, 2, run, tp=1) == [3, 3]
 
 
 def refused(ranks, folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from trainee_toys import ONE, Case, batches, toy
 
 from accessory.data.feed import Batch
 from accessory.dist import Ranks
+from accessory.train.feeding import Data
 from accessory.train.loop import Loop, Pace, Stepped
 from accessory.train.optim import make_optimizer
 from accessory.train.trainee import Trainee
@@ -108,6 +110,21 @@ def test_a_signal_ends_the_run_between_two_steps_with_a_checkpoint() -> None:
     assert calls == [("step", 1), ("step", 2), ("save", 2)]
 
 
+def test_a_signal_is_obeyed_before_a_validation_that_is_due() -> None:
+    loop, calls = loop_over([batch(i) for i in range(5)], stop_at=1, eval_every=2)
+    assert loop.run() == (2, True)
+    assert calls == [("step", 1), ("step", 2), ("save", 2)]
+
+
+@pytest.mark.parametrize(("unjudged", "first"), [(True, [("eval", 2)]), (False, [])])
+def test_a_validation_that_a_signal_left_to_the_next_run_comes_first_there(
+    unjudged: bool, first: list[tuple[str, int]]
+) -> None:
+    loop, calls = loop_over([batch(i) for i in range(4)], first=2, eval_every=2, unjudged=unjudged)
+    assert loop.run() == (4, False)
+    assert calls == [*first, ("step", 3), ("step", 4), ("eval", 4)]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_step_that_brings_no_number_names_its_rows_and_changes_nothing(late: bool) -> None:
     loop, calls = loop_over([batch(0), batch(1, spoiled=True), batch(2)])
@@ -161,3 +178,19 @@ def spoiled_on_one_rank(ranks: Ranks) -> str:
 def test_a_loss_that_is_no_number_on_one_rank_stops_every_rank_with_the_same_words(tmp_path: Path) -> None:
     one, two = run_ranks(spoiled_on_one_rank, 2, tp=1)
     assert one == two and "data.json:2 spoiled" in one and "data.json:12" not in one
+
+
+def rows_of(ranks: Ranks, found: list[str]) -> str:
+    """What a rank says of the rows that it found."""
+    corpus = SimpleNamespace(fingerprint=found[ranks.rank])
+    try:
+        Data(config=None, corpus=corpus, validation=None).check_equal(ranks.host_group)
+    except ValueError as error:
+        return str(error)
+    return "went on"
+
+
+def test_ranks_that_read_different_rows_stop_together() -> None:
+    assert run_ranks(rows_of, 2, ["a", "a"], tp=1) == ["went on"] * 2
+    one, two = run_ranks(rows_of, 2, ["a", "b"], tp=1)
+    assert one == two and "the ranks read different rows" in one

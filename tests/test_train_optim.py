@@ -10,6 +10,7 @@ import torch
 from trainee_toys import ONE, SEES, Case, batches, one_step, toy, train
 
 from accessory.dist import Ranks
+from accessory.train.muon import Muon
 from accessory.train.optim import make_optimizer
 from accessory.train.schedule import lr_factor, warmup_steps
 from accessory.train.settings import Settings
@@ -214,3 +215,22 @@ def test_an_adapter_is_not_compiled_and_says_so(caplog) -> None:
     trainee, optimizer = prepared(case)
     assert "torch_compile: not with an adapter" in caplog.text
     one_step(trainee, optimizer, case, 0)
+
+
+def test_muon_in_batches_updates_as_torchs_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 48), (16, 48), (48, 16), (8, 8)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in ours]
+    both = [
+        Muon([{"params": ours, "lr": 1e-2, "weight_decay": 0.1}]),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-3, rtol=0)  # one bf16 step of an update of 1e-2

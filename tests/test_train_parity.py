@@ -47,15 +47,11 @@ def check(case: Case, ranks: int, *, tp: int = 1, **changes: Any) -> None:
     alone = case.but(accumulation=ranks // tp)
     references = run_ranks(on_rank, tp, alone, tp=tp) if case.quant and tp > 1 else [train(ONE, alone)]
     found = run_ranks(on_rank, ranks, case.but(**changes), tp=tp)
-    compare(found, references)
-    if case.settings.get("optim") == "sgd":
-        weights, expected = whole([one.weights for one in found]), whole([one.weights for one in references])
-        for name, weight in weights.items():
-            torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    compare(found, references, weights=case.settings.get("optim") == "sgd")
 
 
-def compare(found: list[Any], references: list[Any]) -> None:
-    """Losses and gradients of the first step within 1e-5; norms to 1e-4 of themselves, and equal on all ranks."""
+def compare(found: list[Any], references: list[Any], *, weights: bool = False) -> None:
+    """Losses, gradients of the first step, weights within 1e-5; norms to 1e-4 of themselves, and equal on all ranks."""
     for one in found:
         assert one.losses == pytest.approx(references[0].losses, abs=1e-5)
         assert one.norms == found[0].norms, "every rank must know the same norm"
@@ -65,6 +61,9 @@ def compare(found: list[Any], references: list[Any]) -> None:
     for name, grad in grads.items():
         assert expected[name].any(), f"{name} has no gradient: it proves nothing"
         torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    last, wanted = (whole([one.weights for one in side]) if weights else {} for side in (found, references))
+    for name, weight in last.items():
+        torch.testing.assert_close(weight, wanted[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,10 +78,12 @@ def test_data_and_tensor_parallel_together_equal_one_rank(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["full, packed", "full, tied", "norm, bias and lora", "adapter"])
 def test_weights_gathered_layer_by_layer_or_once_a_step_give_the_same_bits(method: str) -> None:
-    case = METHODS[method].but(steps=5, accumulation=2)
+    case = METHODS[method].but(accumulation=2)
     once, layers = (run_ranks(on_rank, 2, case.but(trainee={"zero": zero}), tp=1) for zero in (2, 3))
     for one, other in zip(once, layers, strict=True):
         assert one.losses == other.losses and one.norms == other.norms
+    grads, expected = (whole([one.grads for one in found]) for found in (once, layers))
+    assert grads.keys() == expected.keys() and all(torch.equal(grad, expected[name]) for name, grad in grads.items())
 
 
 @pytest.mark.parametrize("method", ["full, packed", "norm, bias and lora", "pictures"])
@@ -104,8 +105,14 @@ def test_with_plain_descent_the_weights_agree_too(method: str, ranks: int, tp: i
 @pytest.mark.parametrize("saved", [{"checkpointing": "full"}, {"checkpointing": "selective"}, {"offload": True}])
 @pytest.mark.parametrize("method", ["full, packed", "lora", "adapter", "pictures"])
 def test_saving_memory_changes_nothing(method: str, saved: dict[str, Any]) -> None:
-    case = METHODS[method].but(steps=5)
+    case = METHODS[method]
     compare([train(ONE, case.but(trainee=saved))], [train(ONE, case)])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_with_plain_descent_saving_memory_leaves_the_same_weights(method: str) -> None:
+    case = Case(settings={"optim": "sgd", "finetuning_type": method}, lr=0.1, packed=True)
+    compare([train(ONE, case.but(trainee={"checkpointing": "full"}))], [train(ONE, case)], weights=True)
 
 
 @pytest.mark.parametrize("saved", [{"checkpointing": "full"}, {"checkpointing": "selective"}, {"offload": True}])
@@ -136,6 +143,6 @@ def test_dropout_before_cut_outputs_is_the_same_on_tensor_parallel_ranks() -> No
 def test_a_loss_in_chunks_is_the_plain_one(monkeypatch) -> None:
     from accessory.model import head
 
-    expected = train(ONE, FULL.but(steps=5))
+    expected = train(ONE, FULL)
     monkeypatch.setattr(head, "CHUNK", 5 * SIZES["vocab_size"])
-    compare([train(ONE, FULL.but(steps=5))], [expected])
+    compare([train(ONE, FULL)], [expected])

@@ -17,6 +17,7 @@ from accessory.model.llama import init_weights
 from accessory.peft import PeftConfig, init_peft
 from accessory.train.parts import Parts, choose_parts, peft_config, table
 from accessory.train.settings import Settings
+from accessory.train.start import Start, _check_absent
 from accessory.train.trainee import Trainee
 
 PROJECTION = {"vision.proj.0.bias", "vision.proj.1.bias"}
@@ -135,7 +136,14 @@ def test_a_part_that_would_train_nothing_is_refused(settings: dict[str, Any], wo
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"use_rslora": True}, "lora_alpha: missing beside use_rslora"), ({"seed": -1}, "seed: got -1")],
+    [
+        ({"use_rslora": True}, "lora_alpha: missing beside use_rslora"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"save_steps": -1}, "save_steps: got -1"),
+        ({"eval_steps": 0}, "eval_steps: got 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: got -1"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size: got 0"),
+    ],
 )
 def test_settings_that_would_do_nothing_or_make_no_sense_are_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
@@ -208,3 +216,11 @@ def test_fresh_lora_on_the_vision_part_changes_nothing() -> None:
     trainee.clip(0)
     for name in (*parts.projector.names, *parts.vision.names):
         assert trainee.masters[name].grad.any() == name.endswith("lora_b.weight"), name
+
+
+def test_biases_of_the_base_itself_are_missed_and_those_that_a_method_adds_are_not() -> None:
+    spec = read_spec({**SIZES, "max_seq_len": 64, "qkv_bias": True, "bias_tuning": True}, llama_type="llama_peft")
+    start = Start(spec, None, None, torch.float32, "alpaca", build(spec))
+    _check_absent({"layers.0.attention.wo.bias"}, Settings(), start, blind=None)
+    with pytest.raises(ValueError, match=r"lack 1 tensors of the model \(layers.0.attention.wq.bias"):
+        _check_absent({"layers.0.attention.wq.bias"}, Settings(), start, blind=None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from llava_toys import SHAPES, look_of
 from meta import fill, whole_weights
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from accessory.train.optim import make_optimizer
 from accessory.train.parts import Parts, choose_parts, peft_config
 from accessory.train.settings import Settings
 from accessory.train.trainee import Trainee, seed_step
+from accessory.vision import VisionConfig
 
 ONE = Ranks(0, 1, 0, Shard(), 0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "vocab_size": 67}
@@ -82,6 +84,8 @@ def toy(case: Case, shard: Shard) -> tuple[Llama, Parts]:
     kind = "llama_adapter" if settings.finetuning_type == "adapter" else "llama_peft" if tunes else "llama"
     if case.config.get("vision", {}).get("kind") == "qformer":
         kind = kind.replace("llama", "llama_qformerv2", 1)
+    if case.config.get("vision", {}).get("kind") == "llava":
+        kind = kind.replace("llama", "llava", 1)
     spec = read_spec({**SIZES, "max_seq_len": 64, **case.config, **peft_config(settings)}, llama_type=kind)
     weights = whole_weights(build(spec), seed=3)
     for name, tensor in weights.items():
@@ -107,7 +111,15 @@ def batches(case: Case, step: int, micro: int) -> dict[str, Tensor | None]:
     if case.packed:
         batch["segments"] = torch.tensor([[1] * 5 + [2] * 7, [1] * 3 + [2] * 4 + [3] * 3 + [-1] * 2])
         batch["positions"] = torch.tensor([[*range(5), *range(7)], [*range(3), *range(4), *range(3), 0, 0]])
-    if case.pictures and micro % 2 == 0:
+    if case.pictures and micro % 2 == 0 and case.config["vision"]["kind"] == "llava":
+        look = look_of(VisionConfig.from_dict(case.config["vision"]))
+        sizes = [SHAPES[(step + micro + number) % 3] for number in range(1 + step % 2)]
+        tiles = sum(look.tiles(*size) for size in sizes)
+        batch["pixels"] = torch.randn(tiles, 3, look.size, look.size, generator=generator)
+        batch["order"] = torch.from_numpy(look.order(sizes))
+        batch["slots"] = torch.full((2, LENGTH), -1)
+        batch["slots"][0, 1:11] = torch.linspace(3, len(batch["order"]) - 1, 10).long()
+    elif case.pictures and micro % 2 == 0:
         batch["pixels"] = torch.randn(1, 3, 16, 16, generator=generator)
         slots = torch.full((2, LENGTH), -1)
         if case.config["vision"]["kind"] == "perceiver":

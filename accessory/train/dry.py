@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from accessory.dist import Ranks, Shard, cpu_has_bf16, pick_device
-from accessory.dist.place import read_place
+from accessory.dist.place import read_nodes, read_nproc, read_place
 from accessory.train.feeding import Data, feed_config, make_feed, open_data
 from accessory.train.plan import DataFacts, plan, render, shape_spec
 from accessory.train.settings import Settings
@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 
 def describe(settings: Settings) -> str:
     """The plan as text. Raises ValueError or OSError as the run itself would, but data need not be there."""
-    world = settings.world_size or settings.nproc_per_node or max(1, read_place(os.environ).world)
+    here = settings.nproc_per_node or read_nproc(os.environ) or 1
+    place = read_place(os.environ)
+    world = settings.world_size or (place.world if place.world > 1 else here * read_nodes(os.environ).count)
     if settings.shape is not None:
+        settings.settle(max(1, world // settings.tensor_parallel_size))
         return render(plan(settings, shape_spec(settings), world=world))
     if settings.tensor_parallel_size < 1 or world % settings.tensor_parallel_size:
         raise ValueError(
@@ -34,6 +37,7 @@ def describe(settings: Settings) -> str:
         )
     device = pick_device(settings.device)
     dp = world // settings.tensor_parallel_size
+    settings.settle(dp)
     ranks = Ranks(0, world, 0, Shard(0, settings.tensor_parallel_size), 0, dp, device)
     start = open_start(settings, ranks)
     text = render(
@@ -74,6 +78,6 @@ def data_facts(settings: Settings, data: Data, start: Start, ranks: Ranks) -> Da
         steps_per_epoch=feed.steps_per_epoch,
         tokens=int(data.corpus.lengths.sum()),
         batch=shapes,
-        pictures=data.corpus.picture_count / feed.sequences,
+        pictures=data.corpus.tile_count / feed.sequences,
         length=data.own_length,
     )

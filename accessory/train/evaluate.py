@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from accessory.assemble import Bundle
+from accessory.data.image import Orientation
 from accessory.data.template import Turn
 from accessory.dist import Ranks, Shard
 from accessory.engine import Answer, Engine, Request, Result
@@ -60,10 +61,12 @@ class Outcome:
     asked: int = 0
     failed: int = 0
     """Questions that could not be asked or answered."""
+    accuracy: float | None = None
+    """Share of the targets that the model itself would have said; None where nobody counts them."""
 
     def values(self) -> dict[str, float]:
         """For `Watch.log`."""
-        known = {"eval_loss": self.loss, "eval_exact_match": self.exact_match}
+        known = {"eval_loss": self.loss, "eval_accuracy": self.accuracy, "eval_exact_match": self.exact_match}
         return {key: value for key, value in known.items() if value is not None}
 
 
@@ -97,13 +100,16 @@ class Validation:
     zero: int = 2
     """3: more than one data-parallel rank, and not enough memory to gather all weights at once."""
     max_new_tokens: int = 64
+    orientation: Orientation = "keep"
+    """Of the questions' pictures, as of those that are trained on."""
     _local: bool = field(init=False)
     """Whether a forward needs no other rank once weights are gathered: then one rank's failure is its own affair."""
-    _rounds: int = field(init=False)
+    rounds: int = field(init=False)
+    """Batches of the rank that has most of them."""
 
     def __post_init__(self) -> None:
         self._local = self.ranks.shard.size == 1 and (self.ranks.dp_size == 1 or self.zero == 2)
-        self._rounds = max(gather(len(self.batches), self.ranks.host_group))
+        self.rounds = max(gather(len(self.batches), self.ranks.host_group))
 
     def __call__(self, step: int) -> Outcome:
         """Judge the model as it is. Raises ValueError where memory ran out and the other ranks would wait for ever."""
@@ -111,8 +117,8 @@ class Validation:
             with self.trainee.judging():
                 if self.ranks.dp_size > 1:  # learns which module is the root, and gathers what stays whole
                     self.trainee.loss(self._nothing())
-                loss, targets = self._loss(step)
-                outcome = Outcome(loss, targets)
+                loss, targets, accuracy = self._loss(step)
+                outcome = Outcome(loss, targets, accuracy=accuracy)
                 if self.questions:
                     matches, failed = self._exact_match(step)
                     asked = len(self.questions)
@@ -123,24 +129,28 @@ class Validation:
 
     # ---- loss
 
-    def _loss(self, step: int) -> tuple[float | None, int]:
-        """Loss per target and number of targets, of all ranks."""
+    def _loss(self, step: int) -> tuple[float | None, int, float | None]:
+        """Loss per target, number of targets and accuracy, of all ranks."""
         device = self.ranks.device
+        self.trainee.take_hits()
         sums, failures = torch.zeros(2, dtype=torch.float64, device=device), 0
-        for index in range(self._rounds):
+        for index in range(self.rounds):
             batch = self.batches[index].tensors(device) if index < len(self.batches) else self._nothing()
-            with self._contained(f"batch {index + 1} of {self._rounds}") as problem:
+            with self._contained(f"batch {index + 1} of {self.rounds}") as problem:
                 sums += torch.stack(self.trainee.loss(batch)).double()
             failures += len(problem)
-        mine = [*sums.tolist(), failures] if self.ranks.leader else [0, 0, 0]
-        loss, targets, failures = total(mine, self.ranks.host_group)
+        hits = self.trainee.take_hits()
+        mine = [*sums.tolist(), 0.0 if hits is None else float(hits), failures] if self.ranks.leader else [0.0] * 4
+        loss, targets, right, failures = total(mine, self.ranks.host_group)
         if failures:
             log.warning(
                 "validation at step %d has no loss: memory ran out in %d batches; training goes on."
                 " Lower per_device_eval_batch_size",
                 *(step, failures),
             )
-        return (None if failures or not targets else loss / targets), int(targets)
+        if failures or not targets:
+            return None, int(targets), None
+        return loss / targets, int(targets), None if hits is None else right / targets
 
     def _nothing(self) -> dict[str, Tensor]:
         """One row, one position, no target: a forward that only keeps in step."""
@@ -182,7 +192,7 @@ class Validation:
         ]
         bundle = replace(self.bundle, model=Guest(self.trainee.module.llama, dtype=self.trainee.dtype))
         rows, window = min(ROWS, len(requests)), self._window(bundle, requests)
-        with Engine(bundle, ranks, rows=rows, window=window) as engine:
+        with Engine(bundle, ranks, rows=rows, window=window, orientation=self.orientation) as engine:
             if ranks.leader:
                 return _answers(engine, requests, questions)
             engine.follow()
@@ -191,9 +201,9 @@ class Validation:
     def _window(self, bundle: Bundle, requests: Sequence[Request]) -> int:
         """Positions of the longest prompt and its answer, as far as the model's window goes."""
         most = bundle.config.max_seq_len
-        prompter, longest = Prompter(bundle, window=most), 1
+        prompter, longest = Prompter(bundle, window=most, orientation=self.orientation), 1
         for request in requests:
-            with contextlib.suppress(ValueError):  # said when it is asked
+            with contextlib.suppress(ValueError, OSError):  # said when it is asked
                 longest = max(longest, len(prompter.encode(request)[2].ids))
         return min(most, longest + self.max_new_tokens)
 

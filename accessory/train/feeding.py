@@ -13,10 +13,12 @@ from datetime import timedelta
 import numpy as np
 from torch.distributed import ProcessGroup
 
-from accessory.data.feed import Batch, Corpus, Feed, FeedConfig, Stream, open_corpus, read_sources
+from accessory.assemble import geometry
+from accessory.data.feed import Batch, Corpus, Feed, FeedConfig, Source, Stream, open_corpus, read_sources
+from accessory.data.picture import kind_of, read_picture
 from accessory.data.tokenizer import Tokenizer
 from accessory.dist import Ranks
-from accessory.train.agree import first_alone
+from accessory.train.agree import first_alone, gather
 from accessory.train.evaluate import Question
 from accessory.train.settings import Settings
 from accessory.vision import VisionConfig
@@ -38,12 +40,22 @@ class Data:
     @property
     def pictures(self) -> bool:
         """Whether micro-batches may bring pictures."""
-        return self.config.pictures and (self.corpus is None or self.corpus.has_pictures)
+        may = self.config.pictures and self.config.stage == "sft"
+        return may and (self.corpus is None or self.corpus.has_pictures)
+
+    def check_equal(self, group: ProcessGroup | None) -> None:
+        """ValueError on all ranks where hosts read other rows: each deals its own part of what it sees."""
+        mine = [part.fingerprint for part in (self.corpus, self.validation) if part is not None]
+        if any(other != mine for other in gather(mine, group)):
+            raise ValueError(
+                "dataset: the ranks read different rows, expected the same files on every host, which nobody writes to;"
+                " copy them again, or start again"
+            )
 
     def describe(self, tokenizer: Tokenizer) -> list[str]:
         """Lines for people: how much there is, and one example as the model sees it."""
         if self.corpus is None:
-            return ["data: a stream, whose rows are counted as they come"]
+            return ["data: a stream, whose rows are counted as they come and told at the end"]
         held = "" if self.validation is None else f", {len(self.validation)} more for validation"
         lines = [
             f"{len(self.corpus)} rows, {int(self.corpus.lengths.sum()):,} positions, "
@@ -54,6 +66,11 @@ class Data:
             f"the first row ({self.corpus.row(0).where}), what is learned in [[ ]]:",
             self.corpus.example(0, tokenizer),
         ]
+
+    def counts(self) -> dict[str, int | None]:
+        """Rows by purpose; None for a stream."""
+        parts = {"train_dataset": self.corpus, "val_dataset": self.validation}
+        return {name: None if part is None else len(part) for name, part in parts.items()}
 
     @property
     def own_length(self) -> float:
@@ -73,26 +90,37 @@ def feed_config(settings: Settings, template: str, vision: VisionConfig | None, 
     """Everything that decides the numbers. ValueError where no data is named."""
     if not settings.dataset:
         raise ValueError("dataset: missing, expected data files or YAML files with a META list; name at least one")
-    look = {} if vision is None else {"image_size": vision.image_size, "mean": vision.mean, "std": vision.std}
     return FeedConfig(
-        sources=tuple(read_sources(settings.dataset, root=settings.media_dir)),
+        sources=_sources(settings, settings.dataset),
         stage=settings.stage,
         template=template,
+        default_system=settings.default_system,
         cutoff_len=settings.cutoff_len,
         overlong=settings.overlong,
         on_bad_row=settings.on_bad_row,
         packing=settings.packing,
         share_pictures=settings.share_pictures,
         max_samples=settings.max_samples,
-        seed=settings.seed,
+        seed=data_seed(settings),
         slots=slots,
+        tiles=None if vision is None else geometry(vision, slots, image_transform=settings.image_transform),
         before_bos=vision is not None and vision.before_bos,
         pictures=vision is not None,
-        image_transform=settings.image_transform or (None if vision is None else vision.image_transform),
+        orientation=settings.orientation,
+        allow_private_urls=settings.allow_private_urls,
         cache_dir=settings.cache_dir,
         workers=settings.preprocessing_num_workers,
-        **look,
     )
+
+
+def data_seed(settings: Settings) -> int:
+    """Of the rows that are drawn and of those kept for validation."""
+    return settings.seed if settings.dataset_seed is None else settings.dataset_seed
+
+
+def _sources(settings: Settings, names: Sequence[str]) -> tuple[Source, ...]:
+    """What names of data sets stand for."""
+    return tuple(read_sources(names, root=settings.media_dir, dataset_dir=settings.dataset_dir))
 
 
 def open_data(
@@ -104,10 +132,10 @@ def open_data(
         corpus = first_alone(lambda: open_corpus(config, tokenizer), ranks, patient)
     validation = None
     if settings.eval_dataset:
-        judged = replace(config, sources=tuple(read_sources(settings.eval_dataset, root=settings.media_dir)))
+        judged = replace(config, sources=_sources(settings, settings.eval_dataset))
         validation = first_alone(lambda: open_corpus(judged, tokenizer), ranks, patient)
     elif settings.val_size and corpus is not None:
-        corpus, validation = corpus.split(settings.val_size, settings.seed)
+        corpus, validation = corpus.split(settings.val_size, data_seed(settings))
     return Data(config, corpus, validation)
 
 
@@ -167,9 +195,16 @@ def questions(settings: Settings, data: Data) -> list[Question]:
         Question(
             example.turns[:-1],
             example.turns[-1].text,
-            example.pictures,
+            tuple(_picture(name, data.config) for name in example.pictures),
             template=example.template,
             where=data.validation.row(index).where,
         )
         for index, example in enumerate(data.validation.conversations(range(count)))
     ]
+
+
+def _picture(name: str, config: FeedConfig) -> str | bytes:
+    """What the engine reads: the bytes of a URL, which were fetched before as the settings allow it."""
+    if kind_of(name) != "url":
+        return name
+    return read_picture(name, allow_private_urls=config.allow_private_urls, cache=config.picture_cache)

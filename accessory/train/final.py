@@ -1,4 +1,4 @@
-"""The final weights: pieces of all ranks gathered tensor by tensor on rank 0 and streamed into an Accessory folder.
+"""The final weights: pieces of all ranks gathered tensor by tensor on rank 0 and streamed into a folder.
 
 Must not know a model, nor which part of it was trained: what is given is written.
 """
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -20,11 +21,14 @@ from torch.distributed import ProcessGroup
 from accessory.checkpoint import FolderWriter, Form, Spec, manifest
 from accessory.checkpoint.boxes import Box, Piece
 from accessory.checkpoint.files import few
+from accessory.checkpoint.huggingface.adapter_writer import AdapterForm, AdapterWriter
+from accessory.checkpoint.huggingface.writer import HuggingFaceForm, HuggingFaceWriter
 from accessory.checkpoint.operate import check_range
 from accessory.checkpoint.read import Desk
 from accessory.checkpoint.stage import flush
 from accessory.checkpoint.write import Papers
 from accessory.dist import Ranks
+from accessory.release import Release
 from accessory.train.agree import gather, share
 from accessory.train.folder import set_aside
 
@@ -43,15 +47,16 @@ def write_final(
     folder: str | Path,
     pieces: Mapping[str, Piece],
     *,
-    form: Form,
-    papers: Papers,
+    form: Form | AdapterForm | HuggingFaceForm,
+    papers: Papers | Release,
     ranks: Ranks,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Write the tensors that all ranks' pieces make up, by canonical names, as an Accessory folder; all ranks call it.
+    """Write the tensors that all ranks' pieces make up, by canonical names, as a folder; all ranks call it.
 
-    Rank 0 has room for about two tensors. form: shards, safetensors or pth, dtype (floats are cast). group: a
-    gloo group over all ranks, by default the job's. A folder that exists gets the files beside those that are there;
+    Rank 0 has room for about two tensors. form: shards, safetensors or pth, dtype (floats are cast); that of an
+    adapter, which holds the pieces in PEFT's form; or Hugging Face's, whose papers are a `Release`. group: a gloo
+    group over all ranks, by default the job's. A folder that exists gets the files beside those that are there;
     earlier ones of the same names, and those of an earlier manifest, are moved to previous-N/ in it.
     Raises ValueError or OSError on every rank: for pieces that do not make up whole tensors, a form that cannot be, a
     value that fp16 cannot hold, a disk that is full.
@@ -73,7 +78,7 @@ def write_final(
     if error is not None:
         raise error
     if ranks.rank == 0:
-        log.info("%s: %d tensors in %d files", path, len(plan), form.shards)
+        log.info("%s: %d tensors, as %s", path, len(plan), _described(form))
 
 
 def _plan(tables: list[dict[str, tuple[Box, torch.dtype, bool]]]) -> dict[str, _Whole]:
@@ -122,19 +127,40 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _write(
-    path: Path, plan: Mapping[str, _Whole], arriving: Iterator[tuple[str, Tensor]], form: Form, papers: Papers
+    path: Path,
+    plan: Mapping[str, _Whole],
+    arriving: Iterator[tuple[str, Tensor]],
+    form: Form | AdapterForm | HuggingFaceForm,
+    papers: Papers | Release,
 ) -> None:
     """On rank 0: stream the tensors into a new folder, and put it in place."""
     built = path / ".final" if path.exists() else path
     if built != path:
         shutil.rmtree(built, ignore_errors=True)  # of a run that was killed here
-    with FolderWriter(built, {key: whole.spec for key, whole in plan.items()}, form=form) as writer:
+    specs = {key: whole.spec for key, whole in plan.items()}
+    kinds = {AdapterForm: AdapterWriter, HuggingFaceForm: HuggingFaceWriter}
+    with kinds.get(type(form), FolderWriter)(built, specs, form=form) as writer:
         for key, tensor in arriving:
             check_range(key, tensor, form.dtype)
             writer.put(key, tensor)
-        writer.finish(config=papers.config, meta=papers.meta, tokenizer=papers.tokenizer)
+        writer.finish(**_words(papers))
     if built != path:
         _install(built, path)
+
+
+def _words(papers: Papers | Release) -> dict[str, Any]:
+    """What a writer is told at the end."""
+    if isinstance(papers, Release):
+        return papers.words()
+    words = {"config": papers.config, "meta": papers.meta, "tokenizer": papers.tokenizer}
+    return {**words, "more": papers.more} if papers.more else words
+
+
+def _described(form: Form | AdapterForm | HuggingFaceForm) -> str:
+    """A form, for people."""
+    if isinstance(form, AdapterForm):
+        return "an adapter"
+    return f"{form.family} in Hugging Face's form" if isinstance(form, HuggingFaceForm) else form.fmt
 
 
 def _install(built: Path, path: Path) -> None:

@@ -18,8 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from torch.distributed import ProcessGroup
+
 from accessory.checkpoint import manifest
-from accessory.checkpoint.files import few
+from accessory.checkpoint.files import few, holds_all
 from accessory.checkpoint.stage import explain
 from accessory.dist import Ranks
 from accessory.train.agree import share
@@ -49,9 +51,12 @@ class RunFolder:
     unless the job was requeued. One that holds other files is entered only with `overwrite`, and they stay as they are.
     """
 
-    def __init__(self, path: str | Path, ranks: Ranks, *, overwrite: bool = False) -> None:
-        """Look at nothing yet."""
+    def __init__(
+        self, path: str | Path, ranks: Ranks, *, overwrite: bool = False, group: ProcessGroup | None = None
+    ) -> None:
+        """Look at nothing yet. group: over all ranks, by default the job's; a patient one waits for hashes of a TB."""
         self.path, self.ranks, self.overwrite = Path(path), ranks, overwrite
+        self._group = ranks.host_group if group is None else group
         self.requeued = is_requeued(os.environ)
         self._handle: int | None = None
 
@@ -61,11 +66,11 @@ class RunFolder:
         A requeued job takes its own newest one whatever `resume` says. Raises ValueError as `find_checkpoint` does, and
         where `resume` would start a second history beside the one in the folder.
         """
-        return decide(lambda: self._find(resume), self.ranks)
+        return decide(lambda: self._find(resume), self.ranks, self._group)
 
     def __enter__(self) -> RunFolder:
         """Take the folder. ValueError or OSError, on all ranks, where it is in use, not ours or read-only."""
-        decide(self._take, self.ranks)
+        decide(self._take, self.ranks, self._group)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -164,7 +169,10 @@ class RunFolder:
     def _refuse_finished(self) -> None:
         """ValueError where a finished run left weights and no checkpoint to go on from."""
         for place in (self.path, self.path / "final"):
-            if any(place.glob("consolidated.*")) and not (place / manifest.UNFINISHED).exists():
+            names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
+            whole = holds_all(names) or "adapter_model.safetensors" in names
+            written = whole or any(name.startswith("consolidated.") for name in names)
+            if written and not (place / manifest.UNFINISHED).exists():
                 raise ValueError(
                     f"output_dir: got {self.path}, which holds the weights of a finished run and no checkpoint; choose"
                     " another one, or set overwrite_output_dir true, which moves that run aside"
@@ -187,7 +195,7 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
     return where
 
 
-def decide(work: Callable[[], T], ranks: Ranks) -> T:
+def decide(work: Callable[[], T], ranks: Ranks, group: ProcessGroup | None) -> T:
     """What rank 0's work() returns, on every rank; its ValueError or OSError too."""
     answer: T | None = None
     error: Exception | None = None
@@ -196,7 +204,7 @@ def decide(work: Callable[[], T], ranks: Ranks) -> T:
             answer = work()
         except (ValueError, OSError) as caught:
             error = caught
-    answer, error = share((answer, error), ranks.host_group)
+    answer, error = share((answer, error), group)
     if error is not None:
         raise error
     return answer

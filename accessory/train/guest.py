@@ -54,9 +54,9 @@ class _Eyes:
     module: nn.Module
     slots: int
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, order: Tensor | None = None) -> Tensor:
         with _normal():
-            return self.module(pixels)
+            return self.module(pixels, order)
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,24 @@ class Joined(nn.Module):
         segments: Tensor | None = None,
         slots: Tensor | None = None,
         pixels: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(sum of the losses, number of targets), both fp32 scalars.
 
-        ids, positions, labels, segments, slots [B, T] int64, as in `Llama.forward`; pixels [N, 3, side, side].
-        A picture fills feature rows n * vision.slots and following. For a vision part that gives rows for an adapter's
-        prompt instead, slots[:, 0] says which picture each row of the batch has (-1: none), and without slots picture
-        n belongs to row n.
+        ids, positions, labels, segments, slots [B, T] int64, as in `Llama.forward`; pixels [tiles, 3, side, side];
+        order [rows] int64: which rows of all tiles are the feature rows that slots count, None: all as they stand. For
+        a vision part that gives rows for an adapter's prompt instead, slots[:, 0] says which picture each row of the
+        batch has (-1: none), and without slots picture n belongs to row n.
         """
         inputs: dict[str, Tensor | None] = {}
         if pixels is None and self.blank:
             pixels, slots = self._nothing(ids.device), torch.full_like(ids, -1)
         if pixels is not None:
-            features = self.llama.vision(pixels)
+            features = self.llama.vision(pixels, order)
             if self.llama.vision.prompt_rows:
                 inputs["visual"] = _of_rows(features, slots, len(ids))
             else:
-                inputs |= {"features": features.flatten(0, 1), "slots": slots}
+                inputs |= {"features": features.reshape(-1, features.shape[-1]), "slots": slots}
         return self.llama(ids, positions, segments=segments, labels=labels, **inputs)
 
     def _nothing(self, device: torch.device) -> Tensor:

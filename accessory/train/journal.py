@@ -1,4 +1,4 @@
-"""trainer_log.jsonl: one line per logged step, LLaMA-Factory's keys, numbers that read back bit for bit.
+"""trainer_log.jsonl and its like: one line per logged step, numbers that read back bit for bit.
 
 Must not know training: it keeps lines, and a run that resumes cuts off those it is about to write again.
 """
@@ -27,10 +27,13 @@ class Journal:
     full, lines are kept in memory and written when there is room again; that is said once.
     """
 
-    def __init__(self, path: Path, *, first: int) -> None:
-        """Raises OSError for a file that cannot be written."""
+    def __init__(self, path: Path, *, first: int, key: str = "current_steps", closing: str | None = None) -> None:
+        """key: what the step is called; closing: a key that only a run's last line has, which is cut off too.
+
+        Raises OSError for a file that cannot be written.
+        """
         self._path = path
-        self.lines = _cut_back(path, first)
+        self.lines = _cut_back(path, first, key, closing)
         """What was kept of the earlier run."""
         self._file = path.open("ab", buffering=0)
         self._backlog = b""
@@ -38,8 +41,8 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line; floats keep every bit (their repr), and infinite ones are strings that float() reads."""
-        plain = {key: _plain(value) for key, value in line.items()}
-        self._backlog += json.dumps(plain, allow_nan=False).encode() + b"\n"
+        entry = {key: plain(value) for key, value in line.items()}
+        self._backlog += json.dumps(entry, allow_nan=False).encode() + b"\n"
         try:
             while self._backlog:
                 self._backlog = self._backlog[self._file.write(self._backlog) :]
@@ -70,18 +73,19 @@ def seconds_of(text: object) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value that JSON has: NaN and infinities become their names."""
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut_back(path: Path, first: int) -> list[dict[str, Any]]:
+def _cut_back(path: Path, first: int, key: str, closing: str | None) -> list[dict[str, Any]]:
     """Keep the whole lines up to step `first`, in place of the file at once, and return them."""
     if not path.exists():
         return []
     raw = path.read_bytes().splitlines(keepends=True)
-    parsed = [(line, _parse(line)) for line in raw]
-    kept = [(line, entry) for line, entry in parsed if entry is not None and entry["current_steps"] <= first]
+    parsed = [(line, _parse(line, key)) for line in raw]
+    kept = [(line, entry) for line, entry in parsed if entry is not None and entry[key] <= first]
+    kept = [(line, entry) for line, entry in kept if closing not in entry]
     if len(kept) < len(raw):
         log.info("%s: %d lines after step %d are cut off, to be written again", path, len(raw) - len(kept), first)
         part = path.with_name(path.name + ".part")
@@ -93,11 +97,11 @@ def _cut_back(path: Path, first: int) -> list[dict[str, Any]]:
     return [entry for _, entry in kept]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, key: str) -> dict[str, Any] | None:
     """A line's content; None for one that a dying process left unfinished."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(entry, dict) and isinstance(entry.get("current_steps"), int) and line.endswith(b"\n")
+    whole = isinstance(entry, dict) and isinstance(entry.get(key), int) and line.endswith(b"\n")
     return entry if whole else None

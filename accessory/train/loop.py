@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Pace:
     save_minutes: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    accuracy: bool = False
+    """Whether the trainee counts the targets that it would have said itself."""
+    unjudged: bool = False
+    """Whether the validation that is due at step `first` was left to this run, by one that a signal ended."""
 
 
 @dataclass
@@ -47,7 +51,11 @@ class Stepped:
     grad_norm: Tensor
     targets: int
     tokens: int
-    pictures: int
+    pictures: int = 0
+    unread: int = 0
+    """Rows of which nothing was learned, since their picture cannot be read."""
+    accuracy: Tensor | None = None
+    """Share of the targets that the model itself would have said; None where nobody counts them."""
 
 
 @dataclass
@@ -92,13 +100,14 @@ class Loop:
         group, pace = self.ranks.host_group, self.pace
         self._peaks = [entry.setdefault("peak_lr", entry["lr"]) for entry in self.optimizer.param_groups]
         step, steps = pace.first, iter(self.feed)
+        if pace.unjudged and self._is_judged(step):
+            self.on_eval(step)
         while step < pace.total:
             batches = next(steps)
             wants_save = pace.save_minutes > 0 and time.monotonic() - self._saved >= 60 * pace.save_minutes
-            targets, tokens, stop, due = total(
+            targets, tokens, pictures, unread, stop, due = total(
                 [
-                    sum(batch.targets for batch in batches) if self.ranks.leader else 0,
-                    sum(batch.tokens for batch in batches) if self.ranks.leader else 0,
+                    *(_counts(batches) if self.ranks.leader else (0, 0, 0, 0)),
                     self.stopped(),
                     wants_save and self.ranks.rank == 0,
                 ],
@@ -107,13 +116,13 @@ class Loop:
             with _advice(step + 1):
                 stepped = self.step(step, batches, int(targets), int(tokens))
             step += 1
-            self.on_step(stepped, self.lr(step - 1))
-            if pace.eval_every and (step % pace.eval_every == 0 or step == pace.total):
-                self.settle()  # the best model so far is saved there
-                self.on_eval(step)
-            if stop and step < pace.total:
+            self.on_step(replace(stepped, pictures=int(pictures), unread=int(unread)), self.lr(step - 1))
+            if stop and step < pace.total:  # before a validation, which may take longer than whoever stops us waits
                 self._save(step)
                 return step, True
+            if self._is_judged(step):
+                self.settle()  # the best model so far is saved there
+                self.on_eval(step)
             if due or (pace.save_every and step % pace.save_every == 0 and step < pace.total):
                 self._save(step)
         self.settle()
@@ -133,22 +142,28 @@ class Loop:
                 )
             )
         norm = self.trainee.clip(self.pace.max_grad_norm)
-        loss = self._mean(losses, targets)
+        loss, accuracy = self._means(losses, targets)
         self._judge(_Verdict(step, batches, losses, norm))
         factor = self.lr(step)
         for entry, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             entry["lr"] = peak * factor
         self.optimizer.step()
         self.trainee.updated()
-        pictures = sum(0 if batch.pixels is None else len(batch.pixels) for batch in batches)
-        return Stepped(step + 1, loss, norm, targets, tokens, pictures)
+        return Stepped(step + 1, loss, norm, targets, tokens, accuracy=accuracy)
 
-    def _mean(self, losses: list[Tensor], targets: int) -> Tensor:
-        """The loss per target over all data-parallel ranks."""
-        loss = torch.stack(losses).sum()
+    def _is_judged(self, step: int) -> bool:
+        """Whether validation is due after a step."""
+        every = self.pace.eval_every
+        return bool(every) and (step % every == 0 or step == self.pace.total)
+
+    def _means(self, losses: list[Tensor], targets: int) -> tuple[Tensor, Tensor | None]:
+        """Loss and accuracy per target over all data-parallel ranks."""
+        hits = self.trainee.take_hits() if self.pace.accuracy else None
+        sums = torch.stack([torch.stack(losses).sum(), *([] if hits is None else [hits])])
         if self.ranks.dp_size > 1:
-            torch.distributed.all_reduce(loss, group=self.ranks.dp_group)
-        return loss / max(1, targets)
+            torch.distributed.all_reduce(sums, group=self.ranks.dp_group)
+        sums /= max(1, targets)
+        return sums[0], None if hits is None else sums[1]
 
     def _judge(self, verdict: _Verdict) -> None:
         """Stop before an update by what is no number. Every rank sees the same norm, in which a NaN of any spreads.
@@ -202,6 +217,13 @@ class Loop:
         self._saved = time.monotonic()
         self.settle()
         self.on_save(step)
+
+
+def _counts(batches: list[Batch]) -> tuple[int, int, int, int]:
+    """Targets, tokens, pictures and unread rows of a step."""
+    targets, tokens = sum(batch.targets for batch in batches), sum(batch.tokens for batch in batches)
+    pictures = sum(0 if batch.pixels is None else len(batch.pixels) for batch in batches)
+    return targets, tokens, pictures, sum(len(batch.skipped) for batch in batches)
 
 
 @contextlib.contextmanager

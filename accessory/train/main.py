@@ -13,6 +13,8 @@ from pathlib import Path
 
 from accessory import dist
 from accessory.config import parse
+from accessory.dialect.translate import translator
+from accessory.dist.place import CREW, read_nodes, read_nproc, read_place
 from accessory.train.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -21,20 +23,33 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the settings say. The exit code is 0, or RESUMABLE (75) when a signal ended a run that can go on."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(Settings, argv, prog="accessory train", description=Settings.__doc__ or "")
+    settings = parse(
+        Settings, argv, prog="accessory train", description=Settings.__doc__ or "", translate=translator("train")
+    )
     settings.check()
     for name in ("dataset", "eval_dataset", "llama_config"):
         setattr(settings, name, [_from_checkout(path) for path in getattr(settings, name)])
     if settings.dry_run:
         return _dry_run(settings)
-    dist.launch(_ranks_here(settings))
+    _record_flights(settings.output_dir)
+    alone = read_place(os.environ).world == 1
+    dist.launch(_ranks_here(settings), nodes=read_nodes(os.environ) if alone else None)
     ranks = dist.init(tp=settings.tensor_parallel_size, device=settings.device, timeout=settings.ddp_timeout)
     dist.setup_logging(ranks.rank)
+    settings.settle(ranks.dp_size)
     from accessory.train.run import run
 
     code = run(settings, ranks)
     dist.close()
     return _exit_code(code, rank=ranks.rank, local_rank=ranks.local_rank)
+
+
+def _record_flights(folder: str) -> None:
+    """Have NCCL keep its last collectives and write them into the run's folder when one of them takes too long."""
+    place = str(Path(folder).absolute() / "flight-rank-")
+    wanted = {"TRACE_BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DEBUG_INFO_TEMP_FILE": place}
+    for name, value in wanted.items():
+        os.environ.setdefault(f"TORCH_NCCL_{name}", value)
 
 
 def _from_checkout(path: str) -> str:
@@ -52,20 +67,19 @@ def _exit_code(code: int, *, rank: int, local_rank: int) -> int:
     note = os.environ.get("ACCESSORY_EXIT_FILE")
     if note and local_rank == 0:
         Path(note).write_text(str(code))
-    return 0 if note or ("ACCESSORY_STORE" in os.environ and rank > 0) else code
+    followers = rank if "ACCESSORY_STORE" in os.environ else local_rank if CREW in os.environ else 0
+    return 0 if note or followers else code
 
 
 def _ranks_here(settings: Settings) -> int:
     """How many ranks this process should start: what was asked for, else one per visible GPU."""
-    from accessory.dist.place import read_place
-
     world = read_place(os.environ).world
     if world > 1:
         return world if settings.nproc_per_node is None else settings.nproc_per_node
     if settings.nproc_per_node is not None:
         return settings.nproc_per_node
-    if os.environ.get("NPROC_PER_NODE", "").isdecimal():
-        return int(os.environ["NPROC_PER_NODE"])
+    if told := read_nproc(os.environ):
+        return told
     if settings.device == "auto":
         import torch
 

@@ -56,6 +56,7 @@ class Load:
     packed: bool = True
     """Whether rows have segments, and so a mask."""
     pictures: float = 0.0
+    """Tiles of its pictures."""
 
 
 Kinds = dict[str, int]
@@ -345,4 +346,5 @@ def _seen(model: Llama, trained: Collection[str], load: Load) -> float:
     for name, parameter in vision.named_parameters():
         parameter.requires_grad_(flags[name])
     saved = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
-    return load.pictures * (saved + rows.numel() * rows.element_size())
+    mine = load.pictures if not vision.partial else max(1, ceil(load.pictures / model.shard.size))
+    return mine * saved + load.pictures * rows.numel() * rows.element_size()

@@ -98,7 +98,7 @@ def _picture_flops(model: Llama, trained: Collection[str]) -> float:
     copy = build_vision(vision.config, model.config.dim).requires_grad_(False)
     side = vision.config.image_size
     pixels = torch.empty(1, 3, side, side, device="meta")
-    whole, tower = _counted(lambda: copy(pixels)), _counted(lambda: copy.tower.forward_features(pixels))
+    whole, tower = _counted(lambda: copy(pixels)), _counted(lambda: copy.tokens(pixels))
     names = {part: [name for name in trained if part_of(name) == part] for part in ("vision", "projector")}
     back = {part: bool(own) + any(".lora_" not in name for name in own) for part, own in names.items()}
     projector = max(back["projector"], bool(names["vision"]))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accessory.checkpoint.boxes import Box, Piece
+from accessory.train.muon import Muon
 from accessory.train.parts import Part
 from accessory.train.settings import Settings
 from accessory.train.trainee import Trainee
@@ -47,7 +48,7 @@ def make_optimizer(trainee: Trainee, settings: Settings) -> torch.optim.Optimize
     adamw = torch.optim.AdamW(others, betas=betas, eps=settings.adam_epsilon, fused=True) if others else None
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(hidden)
     return Two(muon, adamw) if adamw is not None else muon
 
 

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from accessory.model import Llama, cuts_of
-from accessory.peft import SEVEN, PeftConfig, part_of, trainable_names
+from accessory.peft import PeftConfig, part_of, split_scopes, trainable_names
 from accessory.train.settings import Settings
 
 LORA = re.compile(r".+\.lora_[ab]\.weight")
@@ -62,21 +62,48 @@ class Parts:
         return sum(part.trained for part in self)
 
 
-def peft_config(settings: Settings, *, stored: PeftConfig | None = None) -> dict[str, Any]:
+def lora_targets(settings: Settings, *, sees: bool = True) -> dict[str, tuple[str, ...]]:
+    """The linears that LoRA is asked for, by part of the model: empty where a part gets none.
+
+    A word without a scope never leaves the language model. sees: where there is nothing to see with, `projector:all`
+    and `vision:all` ask for nothing; other words of theirs are refused when the model is built.
+    Raises ValueError where a scope contradicts train_projector, train_vision or finetuning_type.
+    """
+    scopes = split_scopes(settings.lora_target)
+    lora = settings.finetuning_type in ("lora", "norm_bias_lora")
+    found = {"llm": scopes["llm"] if lora else ()}
+    if lora and not found["llm"]:
+        raise ValueError(
+            f"lora_target: got {', '.join(settings.lora_target)} with finetuning_type {settings.finetuning_type},"
+            " expected linears of the language model too; add some, or set finetuning_type frozen"
+        )
+    for part, mode in (("projector", settings.train_projector), ("vision", settings.train_vision)):
+        words = scopes[part]
+        if words and mode not in (None, "frozen", "lora"):
+            raise ValueError(
+                f"train_{part}: got {mode} with {part}:{words[0]} in lora_target, expected lora; drop one of them"
+            )
+        if words == ("all",) and not sees:
+            words = ()
+        found[part] = words or (("all",) if mode == "lora" else ())
+    return found
+
+
+def peft_config(settings: Settings, *, stored: PeftConfig | None = None, sees: bool = True) -> dict[str, Any]:
     """The fields of PeftConfig that the settings ask for, to be laid over a model's config.
 
-    stored: what the model already has and must keep, trained or not.
+    stored: what the model already has and must keep, trained or not. sees: whether it has a vision part.
     """
     fields: dict[str, Any] = {}
+    targets = lora_targets(settings, sees=sees)
     lora = {
         "lora_alpha": settings.lora_alpha,
         "lora_rslora": settings.use_rslora,
         "lora_dropout": settings.lora_dropout,
     }
     kind = settings.finetuning_type
-    if kind in ("lora", "norm_bias_lora"):
-        targets = SEVEN if "all" in settings.lora_target else tuple(settings.lora_target)
-        fields |= {"lora_rank": settings.lora_rank, "lora_targets": targets, **lora}
+    if targets["llm"]:
+        fields |= {"lora_rank": settings.lora_rank, "lora_targets": targets["llm"], **lora}
     if kind in TUNES and kind != "adapter":
         bias, norm, _, _ = TUNES[kind]
         had = stored or PeftConfig()
@@ -84,9 +111,9 @@ def peft_config(settings: Settings, *, stored: PeftConfig | None = None) -> dict
     if kind == "adapter":
         fields |= {"prefix_len": settings.prefix_len, "use_prefix_new_gate": settings.use_prefix_new_gate}
         fields |= {} if settings.prefix_layers is None else {"prefix_layers": settings.prefix_layers}
-    for name, mode in (("projector", settings.train_projector), ("vision", settings.train_vision)):
-        if mode == "lora":
-            fields |= {f"{name}_lora_rank": settings.lora_rank, **lora}
+    for part in ("projector", "vision"):
+        if targets[part]:
+            fields |= {f"{part}_lora_rank": settings.lora_rank, f"{part}_lora_targets": targets[part], **lora}
     return fields
 
 
@@ -96,14 +123,16 @@ def choose_parts(model: Llama, settings: Settings, *, pictures: bool) -> Parts:
     Raises ValueError for a part that is asked to train and would train nothing, and where nothing trains at all.
     """
     sees = getattr(model, "vision", None) is not None
-    projector = settings.train_projector
+    asked = lora_targets(settings, sees=sees)
+    projector = "lora" if asked["projector"] else settings.train_projector
+    vision = "lora" if asked["vision"] else settings.train_vision
     if projector is None:
         tunes = TUNES.get(settings.finetuning_type, (False,))[0] and settings.finetuning_type != "adapter"
         projector = ("norm_bias" if tunes else "full") if sees and pictures else "frozen"
     chosen = {
         "llm": (settings.finetuning_type, _llm_names(model, settings)),
         "projector": (projector, _outside_names(model, "projector", projector, settings)),
-        "vision": (settings.train_vision, _outside_names(model, "vision", settings.train_vision, settings)),
+        "vision": (vision, _outside_names(model, "vision", vision, settings)),
     }
     rates = {"projector": settings.projector_lr, "vision": settings.vision_lr}
     sizes = {name: prod(cut.shape) for name, cut in cuts_of(model).items()}
@@ -178,6 +207,7 @@ def _llm_names(model: Llama, settings: Settings) -> set[str]:
 def _outside_names(model: Llama, part: str, mode: str, settings: Settings) -> set[str]:
     """Trained parameters of the projector or of the tower."""
     names = {name for name, _ in model.named_parameters() if part_of(name) == part}
+    names -= {f"vision.{name}" for name in model.vision.unread} if names else set()
     if mode == "lora":
         return {name for name in names if LORA.fullmatch(name)}
     if mode == "norm_bias":  # llama_peft's filter is by name: CLIP's projection has a norm by name, the Q-Former's not
@@ -186,7 +216,8 @@ def _outside_names(model: Llama, part: str, mode: str, settings: Settings) -> se
             pattern += r"|vision\.proj\.1\.weight"
         return {name for name in names if re.fullmatch(pattern, name)}
     if mode == "projection":
-        return {name for name in names if name.startswith(("vision.proj.", "vision.start", "vision.end"))}
+        own = ("vision.proj.", "vision.start", "vision.end", "vision.image_newline")
+        return {name for name in names if name.startswith(own)}
     return names if mode == "full" else set()
 
 
@@ -196,4 +227,6 @@ def _nothing(part: str, mode: str, *, sees: bool, found: bool) -> str:
         return f"finetuning_type: got {mode}, which trains nothing in this model; choose another"
     why = "no linears with LoRA in that part" if sees else "no vision part in this model"
     why = "no picture in the data" if found else why
-    return f"train_{part}: got {mode}, but there is {why}, so that nothing would train; set it frozen"
+    return f"train_{part}: got {mode}, but there is {why}, so that nothing would train; set it frozen" + (
+        f", without {part}: in lora_target" if mode == "lora" else ""
+    )

@@ -53,7 +53,7 @@ class DataFacts:
     batch: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the first micro-batch's tensors."""
     pictures: float = 0.0
-    """Pictures of a row (of a sequence, where packed), on average."""
+    """Tiles of the pictures of a row (of a sequence, where packed), on average."""
     length: float | None = None
     """Positions of a token's own row, on average: sum of squares of the lengths / their sum."""
 
@@ -137,7 +137,7 @@ def plan(
     model = build(spec, shard=Shard(0, tp), dtype=dtype)
     pictures = spec.vision is not None and (data is None or data.pictures > 0)
     parts = choose_parts(model, settings, pictures=pictures)
-    each = 1.0 if data is None else data.pictures
+    each = _tiles(spec) if data is None else data.pictures
     load = Load(batch, settings.cutoff_len, settings.packing, batch * each if pictures else 0.0)
     on_device, on_host = held(model, parts.names, place)
     on_device["activations"], on_device[PEAK] = activations(model, parts.names, place, load)
@@ -239,6 +239,14 @@ def _shapes(load: Load, spec: Spec, model: torch.nn.Module) -> dict[str, tuple[i
         side = spec.vision.image_size
         shapes |= {"slots": square, "pixels": (ceil(load.pictures), 3, side, side)}
     return shapes
+
+
+def _tiles(spec: Spec) -> float:
+    """The most tiles that a picture becomes."""
+    vision = spec.vision
+    if vision is None or vision.kind != "llava" or vision.aspect != "anyres":
+        return 1.0
+    return 1.0 + max(width * height for width, height in vision.grid_pinpoints) / vision.image_size**2
 
 
 def _cache(settings: Settings, model: Any, place: Place, spec: Spec) -> int:

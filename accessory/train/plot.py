@@ -14,6 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,56 @@ def draw(path: Path, curves: Curves, *, title: str) -> None:
     axes.set_ylabel("loss")
     axes.set_title(title, parse_math=False)
     axes.legend()
+    _put(path, figure)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity over the steps."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+def debiased(values: Sequence[float], weight: float) -> list[float]:
+    """An exponential mean whose beginning is not drawn to 0: sum of weight^k v[i-k] / sum of weight^k."""
+    total = norm = 0.0
+    out: list[float] = []
+    for value in values:
+        total, norm = total * weight + value, norm * weight + 1
+        out.append(total / norm)
+    return out
+
+
+def draw_curve(
+    path: Path, curve: Curve, smoothed: Sequence[float] | None = None, *, title: str, size: tuple[float, float]
+) -> None:
+    """Write the picture of one curve, raw and perhaps smoothed, whole or not at all. size: in inches, 100 dots each.
+
+    Raises OSError, or what matplotlib raises.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, parse_math=False)
+    alone = "o-" if len(curve.steps) < 3 else "-"
+    if smoothed is None:
+        axes.plot(*_finite(curve.steps, curve.values), alone, color="#1f77b4")
+    else:
+        axes.plot(*_finite(curve.steps, curve.values), alone, color="#1f77b4", alpha=0.4, label="original")
+        axes.plot(*_finite(curve.steps, smoothed), color="#1f77b4", label="smoothed")
+        axes.legend()
+    axes.set_xlabel("step")
+    axes.set_ylabel(curve.name)
+    _put(path, figure)
+
+
+def _put(path: Path, figure: Figure) -> None:
+    """Write a figure, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     part = path.with_name(path.name + ".part")

@@ -30,6 +30,8 @@ RULES: dict[str, str | None] = {
     "seed": "the order of rows comes from it, so that some would be repeated or left out; give the same seed",
     "optimizer": "its state cannot become another's; give the same optim, or begin anew from the weights",
     "base": None,
+    "quantization_bit": None,
+    "precision": None,
     "lora": None,
     "global_batch": None,
     "total_steps": None,
@@ -130,12 +132,16 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise ValueError("cannot go on from the checkpoint: " + "; ".join(refused))
 
 
-def prune(folder: Path, keep: int, *, best: int | None = None) -> None:
-    """Delete the oldest valid checkpoints beyond the newest `keep`; the best step stays beside them.
+def prune(folder: Path, keep: int, *, best: int | None = None, within: bool = False) -> None:
+    """Delete the oldest valid checkpoints beyond the newest `keep`; the best step stays beside them, or among them.
+
+    within: the best step is one of `keep`, of which there are then two at least.
 
     A checkpoint that is not valid counts for nothing and is left alone. What cannot be deleted is warned of and stays.
     """
     valid = [(step, path) for step, path in checkpoints(folder) if not flaws(path, hashes=False)]
+    if within and best in [step for step, _ in valid[: max(0, len(valid) - keep)]]:
+        keep = max(1, keep - 1)
     for step, path in valid[: max(0, len(valid) - keep)]:
         if step == best:
             continue

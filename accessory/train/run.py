@@ -8,21 +8,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from accessory.assemble import Bundle
-from accessory.checkpoint import Form
 from accessory.config import dump
-from accessory.dist import Ranks, dtype_from_name
+from accessory.data.feed import Stream
+from accessory.dist import Ranks
 from accessory.dist.ranks import host_group
 from accessory.train.evaluate import Best, Validation
+from accessory.train.facts import facts_of
 from accessory.train.feeding import PATIENCE, Data, feed_config, make_feed, open_data, questions, validation_batches
 from accessory.train.final import write_final
 from accessory.train.folder import RunFolder
+from accessory.train.leaving import leaving
 from accessory.train.loop import Loop, Pace, Stepped
 from accessory.train.meter import Meter, count_flops, peak_flops
 from accessory.train.optim import load_optimizer, make_optimizer, optimizer_pieces
@@ -30,11 +34,12 @@ from accessory.train.parts import Parts, table
 from accessory.train.results import write_results
 from accessory.train.resume import Found, check_facts
 from accessory.train.save import Saver, restore
-from accessory.train.schedule import lr_factor, warmup_steps
+from accessory.train.schedule import lr_factor
 from accessory.train.settings import Settings
-from accessory.train.start import Start, make_model, open_start, papers
+from accessory.train.start import Start, make_model, open_start
 from accessory.train.stop import RESUMABLE, Stopper
 from accessory.train.trainee import Trainee
+from accessory.train.tree import Tree, place
 from accessory.train.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -46,14 +51,17 @@ def run(settings: Settings, ranks: Ranks) -> int:
     """Train. 0, or RESUMABLE when a signal ended the run after its checkpoint was written."""
     patient = host_group(PATIENCE) if ranks.world > 1 else None
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings.output_dir, ranks, overwrite=settings.overwrite_output_dir))
+        overwrite = settings.overwrite_output_dir
+        where = place(settings, ranks, patient)
+        folder = stack.enter_context(RunFolder(where, ranks, overwrite=overwrite, group=patient))
         stopper = stack.enter_context(Stopper())
         found = folder.find(settings.resume)
         start = open_start(settings, ranks)
         config = feed_config(settings, start.template, start.spec.vision, start.slots)
         data = open_data(settings, config, start.tokenizer, ranks, patient)
+        data.check_equal(patient)
         model, parts = make_model(start, settings, ranks, pictures=data.pictures)
-        return Run(settings, ranks, folder.path, start, data, parts, found).go(model, stopper, stack)
+        return Run(settings, ranks, folder.path, start, data, parts, found, patient).go(model, stopper, stack)
 
 
 @dataclass
@@ -67,10 +75,16 @@ class Run:
     data: Data
     parts: Parts
     found: Found | None
+    patient: ProcessGroup | None = None
+    """All ranks, for what one of them does while the others wait."""
     saved: int | None = None
     """The step of the last checkpoint."""
     judged: dict[str, float] = field(default_factory=dict)
     """What the last validation found."""
+    judged_at: int = 0
+    """The step of the last validation."""
+    unread: int = 0
+    """Rows, of all ranks and restarts, of which nothing was learned since their picture cannot be read."""
 
     def go(self, model: torch.nn.Module, stopper: Stopper, stack: contextlib.ExitStack) -> int:
         """Everything after the model is loaded; the exit code."""
@@ -78,11 +92,14 @@ class Run:
         self._prepare(model, stack)
         step, stopped = self._loop(stopper).run()
         self.saver.wait(final=stopped)
+        self._tell()
         if stopped:
-            log.info("stopped by a signal after step %d of %d; the same command goes on from there", step, self.total)
-            return RESUMABLE
-        self._finish(step)
-        return 0
+            how = "the same command" if self.settings.resume == "auto" else "the same command with resume auto"
+            log.info("stopped by a signal after step %d of %d; %s goes on from there", step, self.total, how)
+        else:
+            self._finish(step)
+        self.tree.draw()
+        return RESUMABLE if stopped else 0
 
     # ---- before the first step
 
@@ -90,6 +107,8 @@ class Run:
         """Model and optimiser in place, the checkpoint taken up, and everything open that is written to."""
         settings, ranks, start = self.settings, self.ranks, self.start
         flops = count_flops(model, self.parts.names, length=self.data.own_length)
+        self.leaving = leaving(start, settings, self.parts.names)
+        self.tree = Tree(settings, self.folder, self.leaving, leads=ranks.rank == 0)
         self.trainee = Trainee(
             model,
             self.parts,
@@ -102,11 +121,22 @@ class Run:
         )
         self.optimizer = make_optimizer(self.trainee, settings)
         self.feed = make_feed(settings, self.data, start.tokenizer, ranks)
+        if isinstance(self.feed, Stream) and ranks.rank == 0:
+            log.info("a first row, what is learned in [[ ]]: %s", self.feed.example(start.tokenizer))
         self.total = _total_steps(settings, self.feed.steps_per_epoch)
         self.first = self._go_on()
         self.best = Best(**(self.found.facts.get("best") or {}) if self.found is not None else {})
         group = host_group(PATIENCE) if ranks.world > 1 else None
-        self.saver = Saver(self.folder, ranks, keep=settings.save_total_limit, group=group, papers=papers(start))
+        self.saver = Saver(
+            self.folder,
+            ranks,
+            keep=settings.save_total_limit,
+            group=group,
+            papers=self.leaving.papers,
+            adapter=self.leaving.adapter,
+            whole=self.leaving.whole,
+            best_within=self.tree.layout.final == "last",
+        )
         self.saver.best = self.best.step
         stack.enter_context(self.saver)
         self.watch = Watch(
@@ -117,13 +147,17 @@ class Run:
             first=self.first,
             every=settings.logging_steps,
             tensorboard="tensorboard" in settings.report_to,
-            plot=settings.plot_loss,
+            plot=settings.plot_loss and not self.tree.layout.plots,
+            lines=self.tree.lines,
             state=None if self.found is None else self.found.facts["watch"],
         )
         stack.enter_context(self.watch)
         self.validation = self._judge()
+        if settings.compute_accuracy:
+            self.trainee.count_hits()
         if ranks.rank == 0:
             dump(settings, self.folder / "train.yaml")
+        self.tree.begin()
 
     def _loop(self, stopper: Stopper) -> Loop:
         """The loop and what is due in it."""
@@ -132,10 +166,12 @@ class Run:
             total=self.total,
             first=self.first,
             eval_every=self._eval_every() if self.validation is not None else None,
-            save_every=settings.save_steps,
+            save_every=self._save_every(),
             save_minutes=settings.save_minutes,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
+            accuracy=settings.compute_accuracy,
+            unjudged=self.found is not None and self.judged_at < self.first,
         )
         return Loop(
             trainee=self.trainee,
@@ -175,7 +211,10 @@ class Run:
         )
         self.trainee.restore(facts["trainee"])
         self.feed.restore(facts["feed"])
-        return int(facts["step"])
+        step = int(facts["step"])
+        self.unread, self.judged_at = int(facts.get("unread", 0)), int(facts.get("judged_at", step))
+        self.judged = facts.get("judged", {})
+        return step
 
     def _reckoned(self, step: int, place: dict[str, Any]) -> int:
         """The steps of a run that goes on: with another batch the rows that are left make another number of them."""
@@ -193,7 +232,7 @@ class Run:
     def _judge(self) -> Validation | None:
         """Validation, where there is data for it."""
         settings, start = self.settings, self.start
-        if self.data.validation is None:
+        if self.data.validation is None or settings.eval_strategy == "no":
             return None
         bundle = Bundle(
             model=self.trainee.module.llama,
@@ -204,6 +243,7 @@ class Run:
             llama_type=start.spec.llama_type,
             source=str(self.folder),
             dtype=start.dtype,
+            stop_ids=start.stop_ids,
         )
         asked = questions(settings, self.data)
         return Validation(
@@ -214,11 +254,18 @@ class Run:
             questions=asked,
             zero=settings.zero,
             max_new_tokens=settings.eval_max_new_tokens,
+            orientation=settings.orientation,
         )
 
     def _eval_every(self) -> int:
         """Steps between two validations."""
-        return self.settings.eval_steps or self.feed.steps_per_epoch or self.total
+        epoch = self.feed.steps_per_epoch or self.total
+        return epoch if self.settings.eval_strategy == "epoch" else self.settings.eval_steps or epoch
+
+    def _save_every(self) -> int:
+        """Steps between two checkpoints; 0: none by steps."""
+        epoch = self.feed.steps_per_epoch or self.total
+        return {"no": 0, "steps": self.settings.save_steps, "epoch": epoch}[self.settings.save_strategy]
 
     # ---- after a step
 
@@ -226,13 +273,15 @@ class Run:
         """Write the step down."""
         values: dict[str, Any] = {
             "loss": done.loss,
+            "acc": done.accuracy,
             "grad_norm": done.grad_norm,
             **{name: peak * factor for name, peak in self._rates().items()},
             "tokens": done.tokens,
             "pictures": done.pictures,
         }
-        if self.feed.steps_per_epoch:
-            values["epoch"] = round(self.feed.epoch + self.feed.taken / self.feed.sequences, 6)
+        if self._epoch is not None:
+            values["epoch"] = self._epoch
+        self.unread += done.unread
         self.watch.log(done.step, values)
 
     def _rates(self) -> dict[str, float]:
@@ -243,10 +292,15 @@ class Run:
     def _evaluate(self, step: int) -> None:
         """Judge the model; the best step is kept beside the last ones."""
         assert self.validation is not None, "nothing to judge by"
+        began = time.monotonic()
         with self.watch.pause():
             outcome = self.validation(step)
-        self.judged = outcome.values()
-        self.watch.log(step, self.judged)
+        spent = max(time.monotonic() - began, 1e-9)
+        self.judged, self.judged_at = {**outcome.values(), "eval_runtime": round(spent, 4)}, step
+        for name, count in (("samples", len(self.data.validation)), ("steps", self.validation.rounds)):
+            self.judged[f"eval_{name}_per_second"] = round(count / spent, 3)
+        epoch = {} if self._epoch is None else {"epoch": self._epoch}
+        self.watch.log(step, {**self.judged, **epoch})
         if self.best.update(step, outcome.loss):
             self._save(step)
             self.saver.best = step
@@ -268,60 +322,65 @@ class Run:
             "trainee": self.trainee.state(),
             "watch": self.watch.state(),
             "best": best,
+            "unread": self.unread,
+            "judged_at": self.judged_at,
+            "judged": self.judged,
         }
-        self.saver.save(step, pieces, facts)
+        texts = self.tree.texts(step, total=self.total, epoch=self._epoch, best=self.best)
+        self.saver.save(step, pieces, facts, texts=texts)
 
     def _facts(self) -> dict[str, Any]:
         """What a run that goes on from a checkpoint of this one is compared by."""
-        settings = self.settings
-        return {
-            "data": self.data.fingerprint,
-            "base": self.start.sources if self.trainee.frozen_pieces() or settings.quantization_bit else [],
-            "lora": {"alpha": settings.lora_alpha, "rslora": settings.use_rslora, "dropout": settings.lora_dropout},
-            "seed": settings.seed,
-            "optimizer": settings.optim,
-            "global_batch": settings.per_device_train_batch_size
-            * settings.gradient_accumulation_steps
-            * self.ranks.dp_size,
-            "total_steps": self.total,
-            "learning_rate": settings.learning_rate,
-            "lr_scheduler_type": settings.lr_scheduler_type,
-            "warmup_steps": warmup_steps(self.total, settings),
-            "betas": [settings.adam_beta1, settings.adam_beta2],
-            "epsilon": settings.adam_epsilon,
-            "weight_decay": settings.weight_decay,
-            "max_grad_norm": settings.max_grad_norm,
-        }
+        base, dp = bool(self.trainee.frozen_pieces()), self.ranks.dp_size
+        return facts_of(self.settings, self.start, self.data, base=base, total=self.total, dp=dp)
+
+    def _tell(self) -> None:
+        """What was passed over while training."""
+        if self.unread:
+            log.warning("%d times a row was not learned since its picture cannot be read; see above", self.unread)
+        if isinstance(self.feed, Stream):
+            log.info("data: %s, since this start and ahead of the last step", self.feed.told())
 
     def _finish(self, step: int) -> None:
         """The final weights and the results, also where the last checkpoint, which is larger, found no room."""
-        settings, start = self.settings, self.start
-        pieces = self.trainee.pieces()
-        if not settings.only_save_trainable:
-            pieces |= self.trainee.frozen_pieces()
-        name = settings.save_dtype
-        form = Form(
-            shards=settings.save_shards or settings.tensor_parallel_size,
-            fmt=settings.save_format,
-            dtype=dtype_from_name(name) if name else start.dtype,
-            tied=start.spec.llama.tied,
-        )
+        wanted = bool(self._save_every()) or self.tree.in_last
         fault: OSError | None = None
         try:
-            if settings.save_steps:
+            if wanted:
                 self._save(step)
-            self.saver.wait(final=bool(settings.save_steps))
+            self.saver.wait(final=wanted)
         except OSError as error:  # the same on all ranks
             fault = error
-        write_final(self.folder, pieces, form=form, papers=papers(start), ranks=self.ranks)
-        results = self.watch.results()
+        place = self.folder / f"checkpoint-{step}"
+        if fault is not None or not self.tree.in_last:
+            place, left = self.folder, self.leaving
+            beside = left.release or left.papers
+            pieces = left.pieces(self.trainee)
+            write_final(place, pieces, form=left.form, papers=beside, ranks=self.ranks, group=self.patient)
+        samples = self._samples(step)
+        results = self.watch.results(samples)
         if self.ranks.rank == 0:
-            write_results(self.folder, "train", results)
+            epoch = {} if self._epoch is None else {"epoch": self._epoch}
+            write_results(self.folder, "train", {**results, **epoch})
             if self.judged:
-                write_results(self.folder, "eval", self.judged)
-            log.info("%s: the trained model, after %d steps", self.folder, step)
+                write_results(self.folder, "eval", {**self.judged, **epoch})
+            told = {"memory": f"{self.watch.meter.memory_gb * 1e9 / 2**30:.2f}GiB", "model_info": table(self.parts)}
+            told |= {"dataset_info": self.data.counts()}
+            self.tree.end(step, results, samples=samples, best=self.best, told=told)
+            log.info("%s: the trained model, after %d steps", place, step)
         if fault is not None:
             raise fault
+
+    @property
+    def _epoch(self) -> float | None:
+        """Passes over the data so far; a stream has none."""
+        feed = self.feed
+        return round(feed.epoch + feed.taken / feed.sequences, 6) if feed.steps_per_epoch else None
+
+    def _samples(self, step: int) -> int:
+        """Rows that were read, over all starts; of a stream the sequences."""
+        corpus = self.data.corpus
+        return step * self.feed.global_batch if corpus is None else round((self._epoch or 0) * len(corpus))
 
     @staticmethod
     def _prefixed(prefix: str, pieces: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,16 +23,19 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from accessory.checkpoint.boxes import Piece, read_boxes, state_file
+from accessory.checkpoint.boxes import Box, Piece, StateFiles, read_boxes, state_file
 from accessory.checkpoint.files import FACTS, few
+from accessory.checkpoint.huggingface.adapter_writer import AdapterFiles, AdapterForm
 from accessory.checkpoint.manifest import Entry
 from accessory.checkpoint.stage import Stage, explain
 from accessory.checkpoint.staging import Staging
+from accessory.checkpoint.training import MODEL
 from accessory.checkpoint.write import Papers
 from accessory.dist import Ranks
 from accessory.train.agree import gather, share
 from accessory.train.folder import set_aside
 from accessory.train.resume import VERSION, checkpoints, flaws, prune
+from accessory.train.whole import Whole
 
 log = logging.getLogger(__name__)
 
@@ -69,26 +72,41 @@ class Saver:
         keep: int | None = None,
         group: ProcessGroup | None = None,
         papers: Papers | None = None,
+        adapter: AdapterForm | None = None,
+        whole: Whole | None = None,
+        best_within: bool = False,
     ) -> None:
         """group: a gloo group over all ranks that nobody else uses (`dist.ranks.host_group`); None with one rank.
 
         keep: None for all. papers: config, meta and tokenizer, so that a checkpoint opens like any folder of weights.
+        adapter, whole: the weights are written as an adapter of PEFT too, or all of them in Hugging Face's form, beside
+        the states that a run goes on from. best_within: the best checkpoint is one of `keep`, and not one more.
         """
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit: got {keep}, expected at least 1, or none to keep all checkpoints")
         assert (group is None) == (ranks.world == 1), f"{ranks.world} ranks need a group of their own, one needs none"
         self.folder, self.ranks, self.keep, self.papers = Path(folder), ranks, keep, papers or Papers()
+        self.adapter, self.whole, self.best_within = adapter, whole, best_within
         self.best: int | None = None
         self._group = group
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._done: _Done | Exception = _Done()
 
-    def save(self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any], *, final: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        pieces: Mapping[str, Piece],
+        facts: Mapping[str, Any],
+        *,
+        texts: Mapping[str, str] | None = None,
+        final: bool = False,
+    ) -> None:
         """Copy the pieces and return; the rest goes on in a thread. A save that is under way is waited for first.
 
         Names begin with model/ (canonical ones, so that `open_folders` finds the weights) or another set's name. facts
         go into facts.json, with step and world; `base` there is a list of the folders that belong before this one.
+        texts: further files by name, of rank 0.
         Where writing fails, the files of that save are removed and the rest stays as it is: with an older checkpoint to
         fall back to that is a warning, without one an OSError of the next call. final: wait, and raise it in any case.
         """
@@ -97,7 +115,9 @@ class Saver:
             {"version": VERSION, **facts, "step": step, "world": self.ranks.world}, indent=1, allow_nan=False
         )
         self._staging.fill({name: piece for name, piece in pieces.items() if piece.mine and piece.box.numel})
-        self._thread = threading.Thread(target=self._run, args=(step, text), name=f"checkpoint-{step}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(step, {**(texts or {}), FACTS: text}), name=f"checkpoint-{step}", daemon=True
+        )
         self._thread.start()
         if final:
             self.wait(final=True)
@@ -134,18 +154,18 @@ class Saver:
                 raise
             log.warning("the save under way did not end well either: %s", later)
 
-    def _run(self, step: int, text: str) -> None:
+    def _run(self, step: int, texts: Mapping[str, str]) -> None:
         """The thread."""
         try:
-            self._done = self._attempt(step, text)
+            self._done = self._attempt(step, texts)
         except Exception as error:  # a broken collective, or a bug: the main thread raises it
             self._done = error
 
-    def _attempt(self, step: int, text: str) -> _Done:
+    def _attempt(self, step: int, texts: Mapping[str, str]) -> _Done:
         """Write this rank's file, agree, and on rank 0 complete the folder."""
         began = time.monotonic()
         target = self.folder / f"checkpoint-{step}"
-        nbytes = sum(gather(self._staging.nbytes, self._group))
+        nbytes = sum(gather(self._staging.nbytes, self._group)) + (0 if self.whole is None else self.whole.nbytes)
         with contextlib.ExitStack() as stack:
             stage, place = self._open(target, nbytes, stack) if self.ranks.rank == 0 else (None, _Place())
             place = share(place, self._group)
@@ -157,12 +177,12 @@ class Saver:
             faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(written) if isinstance(fault, str)]
             fault = few(faults, ";", most=2) or None
             if stage is not None and fault is None:
-                fault = self._commit(stage, known, text)
+                fault = self._commit(stage, known, texts)
             done = share(_Done(fault, place.stands), self._group)
         if self.ranks.rank == 0 and done.fault is None:
             log.info("%s: %s bytes in %.1f s", target, f"{nbytes:,}", time.monotonic() - began)
             if self.keep is not None:
-                prune(self.folder, self.keep, best=self.best)
+                prune(self.folder, self.keep, best=self.best, within=self.best_within)
         return self._report(done)
 
     def _open(self, target: Path, nbytes: int, stack: contextlib.ExitStack) -> tuple[Stage | None, _Place]:
@@ -191,7 +211,7 @@ class Saver:
         except Exception as error:  # the other ranks wait for a word
             return f"{target}: {type(error).__name__}: {error}"
 
-    def _commit(self, stage: Stage, known: Mapping[str, Entry], text: str) -> str | None:
+    def _commit(self, stage: Stage, known: Mapping[str, Entry], texts: Mapping[str, str]) -> str | None:
         """On rank 0: the small files, the manifest, the name; or what went wrong."""
         try:
             unseen = [name for name, entry in known.items() if not _has(stage.path(name), entry.size)]
@@ -201,11 +221,19 @@ class Saver:
                     " a file system that all hosts share"
                 )
             with stage.explained():
-                stage.path(FACTS).write_text(text + "\n", encoding="utf-8")
-                self.papers.write(stage.path)
+                if self.whole is None:
+                    self.papers.write(stage.path)
+                else:
+                    self.whole.write(stage, list(known))
+                if self.adapter is not None:
+                    _write_adapter(stage, list(known), self.adapter)
+                for name, text in texts.items():
+                    stage.path(name).write_text(text + "\n", encoding="utf-8")
             stage.commit(known)
         except (OSError, ValueError, shutil.Error) as error:
             return str(error)
+        except Exception as error:  # the other ranks wait for a word
+            return f"{stage.target}: {type(error).__name__}: {error}"
         return None
 
     def _report(self, done: _Done) -> _Done:
@@ -230,6 +258,24 @@ def restore(folder: str | Path, pieces: Mapping[str, Piece]) -> None:
             )
         with torch.no_grad():
             into.copy_(tensor)
+
+
+def _write_adapter(stage: Stage, states: Sequence[str], form: AdapterForm) -> None:
+    """Join the weights of all ranks' state files, one tensor at a time, into the files of an adapter."""
+    assert stage.fresh, f"{stage.target} is there already"
+    state = StateFiles([stage.path(name) for name in states])
+    specs = {name.removeprefix(MODEL): spec for name, spec in state.specs.items() if name.startswith(MODEL)}
+    files = AdapterFiles(stage.path, specs, form=form)
+    try:
+        files.open()
+        for key, spec in specs.items():
+            files.put(
+                key, state.read(MODEL + key, Box.whole(spec.shape), out=torch.empty(spec.shape, dtype=spec.dtype))
+            )
+        files.close()
+    finally:
+        files.abandon()
+        state.release()
 
 
 def _has(path: Path, size: int) -> bool:

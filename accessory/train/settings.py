@@ -16,11 +16,19 @@ ProjectorMode = Literal["frozen", "lora", "full", "projection"]
 class Settings:
     """Train a model: pretraining, finetuning of all or few parameters, captions, visual instructions."""
 
+    # ---- whose words
+    dialect: Literal["accessory", "llamafactory", "swift"] | None = None
+    """Whose words and defaults the settings are given in; none: told by the words. Noted settings are our own."""
+
     # ---- the model
     model_name_or_path: list[str] = field(default_factory=list)
-    """Folder of the model, then folders of deltas or trained parts, in order. Without it: the tiny model."""
+    """Folder or hub id of the model, then folders of deltas or trained parts, in order. Without it: the tiny model."""
+    adapter_name_or_path: list[str] = field(default_factory=list)
+    """Folders of adapters or trained parts on top of the model, in order, whose training goes on."""
+    model_type: str | None = None
+    """A name such as llava1d6-mistral-7b-instruct, which chooses hub id and template where these are not given."""
     llama_type: str | None = None
-    """llama, llama_peft, llama_adapter, llama_qformerv2 or llama_qformerv2_peft; without it what the folder says."""
+    """llama, llama_peft, llama_adapter, llama_qformerv2, llava, ...; without it what the folder says."""
     llama_config: list[str] = field(default_factory=list)
     """JSON files of model sizes (params.json and additions), later ones override."""
     tokenizer_path: str | None = None
@@ -51,7 +59,8 @@ class Settings:
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     lora_target: list[str] = field(default_factory=lambda: ["all"])
-    """Linears that get LoRA: all, or some of wq wk wv wo w1 w2 w3."""
+    """Linears that get LoRA: all, or some of q_proj k_proj v_proj o_proj gate_proj up_proj down_proj (wq wk wv wo w1 w3
+    w2), or regular expressions. These never leave the language model; projector:all and vision:all reach further."""
     freeze_trainable_layers: int = 2
     """finetuning_type freeze: this many layers train; a positive number counts from the end, a negative one from the
     start."""
@@ -78,16 +87,26 @@ class Settings:
     stage: Literal["pt", "sft"] = "sft"
     """pt: plain text, every token is learned; sft: conversations, the answers are learned."""
     dataset: list[str] = field(default_factory=list)
-    """Data files or folders (json, jsonl, csv, parquet, txt, packed), or YAML files with a META list of them."""
+    """Names of dataset_info.json, data files or folders (json, jsonl, csv, parquet, txt, packed), or YAML files with a
+    META list of them; NAME#N takes N rows. identity and alpaca_en_demo ship with this package."""
     eval_dataset: list[str] = field(default_factory=list)
     """The same, for validation."""
+    dataset_dir: str | None = None
+    """Folder of dataset_info.json, which names data; none: data."""
+    dataset_seed: int | None = None
+    """Of the rows kept for validation, and of those that name#N draws; none: seed."""
     val_size: float = 0.0
     """Rows kept for validation: a number of rows, or below 1 a share; excludes eval_dataset."""
     media_dir: str | None = None
-    """Pictures are relative to this folder; none: to the data file's, or to the root that META names."""
+    """Pictures are relative to this folder; none: to that of dataset_info.json for names in it, to the root that META
+    names, else to the data file's."""
+    allow_private_urls: bool = False
+    """Pictures may come from URLs of hosts that are not public, such as a server on this host."""
     template: str = ""
     """How conversations are written; without it what the model's folder says, else alpaca. A META entry's prompt_type
     overrides it for its rows."""
+    default_system: str | None = None
+    """System text of conversations that bring none, captions apart; none: the template's."""
     cutoff_len: int = 2048
     """Most positions of a row; where it is not given, no more than the model's window."""
     packing: bool = True
@@ -116,14 +135,26 @@ class Settings:
     """Where tokenised data is kept until no run opened it for 90 days; none: below $XDG_CACHE_HOME or ~/.cache."""
     image_transform: str | None = None
     """random_resized_crop, resized_center_crop or padded_resize; none: the model's own."""
+    orientation: Literal["keep", "apply"] = "keep"
+    """Photographs as they are stored, or turned as their EXIF says."""
+    anyres_compat: Literal["llava", "hf"] | None = None
+    """Whose tiling and merging of large pictures is followed; none: that of the folder's family."""
 
     # ---- steps
     output_dir: str = "output/train"
     """Folder for checkpoints, logs and the final model."""
+    add_output_dir_suffix: bool = True
+    """output_layout swift: each run has a folder of its own below output_dir, and resume auto goes on in the newest one
+    that has checkpoints."""
+    output_layout: Literal["accessory", "llamafactory", "swift"] = "accessory"
+    """Whose names the files of a run have; the two others' checkpoints also hold an adapter or all weights, as their
+    tools open them."""
     per_device_train_batch_size: int = 4
     """Rows (packed ones count as one) of a micro-batch on each data-parallel rank."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of each rank per step; the loss is weighted by tokens over all of them."""
+    global_batch_size: int | None = None
+    """Rows of a step over all ranks, at least; overrides gradient_accumulation_steps."""
     num_train_epochs: float = 3.0
     """Passes over the data."""
     max_steps: int = -1
@@ -174,10 +205,15 @@ class Settings:
     """Steps between two lines of trainer_log.jsonl."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """tensorboard or none."""
+    compute_accuracy: bool = False
+    """Count the learned tokens that the model itself would have said, in training and validation; costs nothing."""
     plot_loss: bool = True
     """Draw training_loss.png, again and again while training."""
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """When there is validation data: never, every eval_steps, or once per epoch; at the end too. None: steps where
+    eval_steps is given, else epoch."""
     eval_steps: int | None = None
-    """Steps between two validations; none: once per epoch and at the end, where there is validation data."""
+    """Steps between two validations."""
     per_device_eval_batch_size: int | None = None
     """Rows of a validation batch; none: as in training."""
     eval_answers: int = 8
@@ -186,6 +222,9 @@ class Settings:
     """Most tokens of such an answer."""
 
     # ---- checkpoints
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """Checkpoints every save_steps, at the end of every epoch, or none by steps; those of save_minutes and the final
+    model are written anyway."""
     save_steps: int = 500
     """Steps between two checkpoints; 0: none by steps."""
     save_minutes: float = 0.0
@@ -198,12 +237,16 @@ class Settings:
     """Begin anew in a folder that holds a run, whose files are moved aside; a requeued job resumes nevertheless."""
     only_save_trainable: bool = False
     """The final folder holds only what was trained; it opens behind its base."""
+    save_adapter: bool | None = None
+    """The final folder, and each checkpoint beside its state, hold what was trained as a PEFT adapter; none: with
+    finetuning_type lora on a Hugging Face folder."""
     save_dtype: Literal["bf16", "fp32", "fp16"] | None = None
-    """Of the final weights; none: the precision of training."""
-    save_format: Literal["safetensors", "pth"] = "safetensors"
-    """Of the final weights; pth is the reference's layout."""
+    """Of the final weights; none: the precision of training, fp32 for an adapter."""
+    save_format: Literal["hf", "accessory", "safetensors", "pth"] | None = None
+    """Of the final weights: hf, a Hugging Face folder (of LoRA an adapter); accessory or safetensors, Accessory's own;
+    pth, the reference's layout. None: hf where the model came so and all of it is saved, else accessory."""
     save_shards: int | None = None
-    """Files of the final weights; none: tensor_parallel_size."""
+    """Files of the final weights in Accessory's form; none: tensor_parallel_size."""
 
     # ---- looking before running
     dry_run: bool = False
@@ -213,16 +256,32 @@ class Settings:
     world_size: int | None = None
     """dry_run: plan for this many ranks; none: those that run."""
 
+    def settle(self, dp: int) -> None:
+        """Micro-batches per step for `dp` data-parallel ranks, once their number is known."""
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = -(-self.global_batch_size // (self.per_device_train_batch_size * dp))
+
     def check(self) -> None:
         """ValueError for values that contradict each other or make no sense."""
         _positive(self, "cutoff_len", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         _positive(self, "tensor_parallel_size", "buffer_size", "lora_rank", "prefix_len", "eval_max_new_tokens")
         _within(self, 0.0, 1.0, "warmup_ratio", "decay_ratio", "min_lr_ratio")
-        for name in ("weight_decay", "max_grad_norm", "save_minutes", "val_size", "learning_rate"):
+        if self.per_device_eval_batch_size is not None:
+            _positive(self, "per_device_eval_batch_size")
+        amounts = ("weight_decay", "max_grad_norm", "save_minutes", "val_size", "learning_rate", "save_steps")
+        for name in (*amounts, "warmup_steps", "dataloader_num_workers", "eval_answers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.eval_steps is not None:
+            _positive(self, "eval_steps")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected 0 or more")
+        if self.global_batch_size is not None:
+            _positive(self, "global_batch_size")
+        for name in ("eval_strategy", "save_strategy"):
+            steps = getattr(self, f"{name[:4]}_steps")
+            if getattr(self, name) == "steps" and steps is None:
+                raise ValueError(f"{name[:4]}_steps: missing beside {name} steps, expected a number of steps; give one")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("lora_alpha: missing beside use_rslora, which scales by alpha / sqrt(rank); give one")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
@@ -240,7 +299,12 @@ class Settings:
                 f"finetuning_type: got {self.finetuning_type} with quantization_bit 4, expected a method that adds"
                 " parameters (lora, norm_bias, norm_bias_lora, bias, adapter), since 4-bit weights are not trained"
             )
-        if self.quantization_bit and not self.only_save_trainable:
+        if self.save_adapter and self.finetuning_type not in ("lora", "norm_bias_lora"):
+            raise ValueError(
+                f"save_adapter: got true with finetuning_type {self.finetuning_type}, expected lora or norm_bias_lora,"
+                " which train what an adapter holds; set it false"
+            )
+        if self.quantization_bit and not (self.only_save_trainable or self.save_adapter):
             raise ValueError(
                 "only_save_trainable: got false with quantization_bit 4, expected true, since 4-bit weights are not"
                 " written; the final folder then opens behind its base"

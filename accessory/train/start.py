@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from accessory.assemble import TINY, Spec, build, load, read_configs, read_spec
+from accessory.assemble import TINY, Spec, build, load, own_stop_ids, read_configs, read_spec, template_of, with_window
 from accessory.checkpoint import Checkpoint, open_folders
 from accessory.checkpoint.write import Papers
 from accessory.data.tokenizer import Tokenizer, open_tokenizer
@@ -47,6 +47,11 @@ class Start:
         return [] if self.checkpoint is None else [str(folder.path.resolve()) for folder in self.checkpoint.folders]
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that the folders' own generation config ends an answer with."""
+        return frozenset() if self.checkpoint is None else own_stop_ids(self.checkpoint, self.tokenizer)
+
+    @property
     def slots(self) -> int:
         """Feature rows that a picture takes in the sequence."""
         return 0 if self.spec.vision is None else self.model.vision.slots
@@ -57,18 +62,27 @@ def open_start(settings: Settings, ranks: Ranks) -> Start:
 
     Raises ValueError or OSError, in one sentence, for folders, configs and settings that do not fit together.
     """
-    paths: list[str | Path] = [*settings.model_name_or_path]
+    paths: list[str | Path] = [*settings.model_name_or_path, *settings.adapter_name_or_path]
     if not paths and not settings.train_from_scratch:
         log.info("no model_name_or_path given: training the tiny model that ships with Accessory")
         paths = [TINY]
     checkpoint = open_folders(paths) if paths else None
     tokenizer = open_tokenizer(_tokenizer_path(settings, checkpoint))
-    spec = plan_spec(settings, checkpoint, tokenizer.size)
+    rows = None if checkpoint is None else checkpoint.config.get("vocab_size")
+    spec = plan_spec(settings, checkpoint, tokenizer.size_for(rows))
+    if settings.streaming and settings.stage == "sft" and spec.vision is not None and settings.train_projector is None:
+        raise ValueError(
+            "train_projector: missing, expected frozen, lora, full or projection, since a stream does not say before it"
+            " is read whether it has pictures; give one"
+        )
     stored = None if checkpoint is None else checkpoint.main_dtype()
     dtype = dtype_from_name(settings.precision) if settings.precision else default_dtype(ranks.device, stored)
     if dtype == torch.float16 and not settings.precision:
         dtype = torch.bfloat16  # fp16 is how old checkpoints are stored, not how anyone should train them unasked
-    template = settings.template or spec.template or "alpaca"
+    template = settings.template or template_of(checkpoint, spec)
+    if template == "none" and not settings.template and spec.template is None:
+        template = "alpaca"  # a base model is made for none; what is trained on it needs one
+        log.info("template: alpaca, as the folder is for none; --template says another")
     model = build(spec, shard=ranks.shard, dtype=dtype)
     return Start(replace(spec, template=template), checkpoint, tokenizer, dtype, template, model)
 
@@ -80,12 +94,17 @@ def plan_spec(settings: Settings, checkpoint: Checkpoint | None, vocab_size: int
         raise ValueError("llama_config: missing, and no folder says the model's sizes; give params.json")
     window = settings.max_seq_len or (None if config.get("max_seq_len") else settings.cutoff_len)
     if window:
-        config["max_seq_len"] = window
+        config = with_window(config, window)
+    if settings.anyres_compat:
+        seen = config.get("vision")
+        if not isinstance(seen, dict) or seen.get("kind") != "llava":
+            raise ValueError(f"anyres_compat: got {settings.anyres_compat}, expected a LLaVA to train with it; drop it")
+        config["vision"] = {**seen, "compat": settings.anyres_compat}
     keys = _keys(checkpoint)
     named = settings.llama_type or (None if checkpoint is None else checkpoint.meta.get("llama_type"))
     before = read_spec(config, llama_type=named, keys=keys, vocab_size=vocab_size)
     spec = read_spec(
-        {**config, **peft_config(settings, stored=before.peft)},
+        {**config, **peft_config(settings, stored=before.peft, sees=before.vision is not None)},
         llama_type=_with_peft(before.llama_type, settings),
         keys=keys,
         vocab_size=vocab_size,
@@ -137,7 +156,10 @@ def papers(start: Start) -> Papers:
     elif spec.peft != PeftConfig():  # LoRA outside of the decoder
         config |= {key: value for key, value in asdict(spec.peft).items() if value != getattr(PeftConfig(), key)}
     config = {key: value for key, value in config.items() if value is not None}
-    return Papers(config=config, meta={"llama_type": spec.llama_type}, tokenizer=start.tokenizer.path)
+    meta: dict[str, Any] = {"llama_type": spec.llama_type}
+    if ids := sorted(start.stop_ids):
+        meta["stop_ids"] = ids
+    return Papers(config=config, meta=meta, tokenizer=start.tokenizer.path)
 
 
 def _tokenizer_path(settings: Settings, checkpoint: Checkpoint | None) -> str | Path:
@@ -175,7 +197,10 @@ def _check_absent(absent: Collection[str], settings: Settings, start: Start, *, 
     if settings.train_from_scratch:
         return
     added = (".lora_a.", ".lora_b.", "prefix")
-    lost = sorted(name for name in absent if not (any(mark in name for mark in added) or name.endswith(".bias")))
+    plain = _own_names(start.model)  # of the base itself: biases of a model that has them are among these
+    lost = sorted(
+        name for name in absent if name in plain or not (any(mark in name for mark in added) or name.endswith(".bias"))
+    )
     eyes = sorted(name for name in absent if name.startswith("vision."))
     lost = [name for name in lost if name not in eyes]
     if blind is not None and (random := [name for name in eyes if name not in blind]):

@@ -115,6 +115,17 @@ class Trainee:
             torch._foreach_mul_(grads, factor.to(grads[0].device))
         return norm.float()
 
+    def count_hits(self) -> None:
+        """From here on, count the targets that the model itself would have said; those before are forgotten."""
+        self.module.llama.output.hits = torch.zeros((), device=self.ranks.device)
+
+    def take_hits(self) -> Tensor | None:
+        """How many there were since, of this data-parallel rank, fp32 on the device; None where nobody counts them."""
+        counted = self.module.llama.output.hits
+        if counted is not None:
+            self.count_hits()
+        return counted
+
     def updated(self) -> None:
         """After the optimiser's step: the model computes with the new weights, gradients are cleared."""
         self._masters.follow()
@@ -201,20 +212,27 @@ class Trainee:
         return leaf.numel() > 0 and _counts(self.cuts[name], self.ranks.shard.rank)
 
     def _level(self) -> None:
-        """Give every tensor-parallel rank the first one's gradients of what all of them hold.
+        """Give every tensor-parallel rank the same gradients of what all of them hold.
 
-        They are equal in exact arithmetic; kernels whose sums come in any order must not let weights drift apart.
+        They are equal in exact arithmetic, and the first rank's are taken, since kernels whose sums come in any order
+        must not let weights drift apart. Those of a vision part whose tiles the ranks have shared are summed.
         """
         ranks = self.ranks
         if ranks.shard.size == 1:
             return
-        shared = [leaf.grad for name, leaf in self.masters.items() if self.cuts[name].dim is None and leaf.numel()]
+        vision = getattr(self.module.llama, "vision", None)
+        partial = frozenset() if vision is None else {f"vision.{name}" for name in vision.partial}
+        held = {name: leaf.grad for name, leaf in self.masters.items() if self.cuts[name].dim is None and leaf.numel()}
         source = ranks.rank - ranks.shard.rank
-        for bucket in _buckets(shared):
-            flat = torch.cat([grad.flatten() for grad in bucket]).to(ranks.device)
-            torch.distributed.broadcast(flat, source, group=ranks.tp_group)
-            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(part.view_as(grad))
+        for summed in (False, True):
+            for bucket in _buckets(grad for name, grad in held.items() if (name in partial) == summed):
+                flat = torch.cat([grad.flatten() for grad in bucket]).to(ranks.device)
+                if summed:
+                    torch.distributed.all_reduce(flat, group=ranks.tp_group)
+                else:
+                    torch.distributed.broadcast(flat, source, group=ranks.tp_group)
+                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                    grad.copy_(part.view_as(grad))
 
     def _skip(self, norm: Tensor) -> Tensor:
         """Drop an overflown step."""

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from accessory.dist import Ranks
 from accessory.train.journal import NAME, Journal, duration, seconds_of
+from accessory.train.lines import Lines
 from accessory.train.meter import Meter
 from accessory.train.plot import Curves, Painter
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 QUIET = 30.0  # seconds between two log lines where there is no progress bar
 REDRAW = 0.1  # seconds between two redraws of the bar
-BOARD = {"lr": "train/learning_rate", "eval_loss": "eval/loss", "eval_exact_match": "eval/exact_match"}
+BOARD = {"lr": "train/learning_rate", "eval_accuracy": "eval/acc"}
 INSIDE = ("tokens", "pictures")  # what `log` counts and does not write down as it comes
 
 
@@ -42,6 +43,8 @@ class _Entry:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """On the CPU: whole once `arrived` is."""
     arrived: torch.cuda.Event | None = None
+    seconds: float = 0.0
+    """Of training, over all starts."""
 
     def read(self) -> dict[str, Any]:
         """All values that there are; waits for copies that have not arrived."""
@@ -74,9 +77,12 @@ class Watch:
         tensorboard: bool = True,
         plot: bool = True,
         state: Mapping[str, float] | None = None,
+        lines: Lines | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """total: steps of the whole run; first: those that were done before, by a run whose `state` this one goes on.
+
+        lines: the same in another tool's keys, which also wants the first step.
 
         Raises OSError where the log file cannot be written.
         """
@@ -87,9 +93,12 @@ class Watch:
         self._evals: list[tuple[int, float]] = []
         self._tokens = self._pictures = 0
         self._before = 0.0
+        self._lines = lines
         if not self._leads:
             return
         self._journal = Journal(folder / NAME, first=first)
+        if lines is not None:
+            lines.begin(self._journal.lines, first)
         self._go_on(self._journal.lines, state)
         self._board = _Board(folder / "runs", first) if tensorboard else None
         title = f"training loss of {folder.name or folder.resolve().name}"
@@ -117,7 +126,8 @@ class Watch:
         if trained:
             self._count(values)
             self._advance(step)
-        if not trained or step % self._every == 0 or step == self._total:
+        first = step == 1 and self._lines is not None and self._lines.wants_first
+        if not trained or first or step % self._every == 0 or step == self._total:
             self._pending = self._entry(step, values, trained=trained)
 
     def flush(self) -> None:
@@ -127,6 +137,8 @@ class Watch:
             return
         line = entry.read()
         self._journal.write(line)
+        if self._lines is not None:
+            self._lines.add(line, entry.seconds)
         self._remember(entry.step, line)
         if self._board is not None:
             self._board.add(entry.step, line)
@@ -165,6 +177,8 @@ class Watch:
             log.warning("the numbers of the last step are lost: %s", error)
         self._journal.close()
         self._journal = None
+        if self._lines is not None:
+            self._lines.close()
         if self._board is not None:
             self._board.close()
         if self._painter is not None:
@@ -223,7 +237,7 @@ class Watch:
             facts["total_tokens"] = self._tokens
             facts["mfu"] = None if mfu is None else round(mfu, 4)
             facts["memory_gb"] = round(self.meter.memory_gb, 3)
-        return _Entry(step, facts, tensors, event)
+        return _Entry(step, facts, tensors, event, self._elapsed)
 
     def _remember(self, step: int, line: Mapping[str, Any]) -> None:
         """Add a line to the curves. Losses go in last: the thread that draws counts by them."""
