@@ -20,11 +20,11 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY
 FLOORS = [
     {"config", "dialect", "dist", "metrics"},
     {"model", "vision", "checkpoint", "data"},
-    {"peft", "quant"},
+    {"peft", "quant", "release"},
     {"assemble"},
     {"engine"},
     {"train", "serve", "eval", "export", "inspect", "calibrate"},
-    {"bench"},
+    {"bench", "face"},
     {"cli", "__init__"},
     {"__main__"},
 ]

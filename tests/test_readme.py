@@ -16,6 +16,10 @@ import pytest
 
 from accessory.cli import VERBS
 from accessory.config import parse
+from accessory.dialect import translator
+from accessory.export.settings import ExportSettings
+from accessory.serve.chat import ChatSettings
+from accessory.serve.infer_settings import InferSettings
 from accessory.train.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +28,15 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line for line in LINES if shlex.split(line, comments=True)})
 INLINE = sorted(set(re.findall(r"`((?:accessory|demos/|tools/|exps/|bash |tests/)[^`]*)`", README)))
+
+
+VERB_SETTINGS = {
+    "train": ("train", Settings),
+    "sft": ("train", Settings),
+    "infer": ("infer", InferSettings),
+    "chat": ("chat", ChatSettings),
+    "export": ("export", ExportSettings),
+}
 
 
 @cache
@@ -55,14 +68,11 @@ def test_a_command_of_the_readme_is_real(command: str) -> None:
 
 
 def check_verb(words: list[str]) -> None:
-    """`accessory train`: its settings are known, and its config is there."""
-    assert words[0] == "train", f"the settings of {words[0]} are not checked by this test"
-    words = [word for word in words[1:]]
-    configs = [word for word in words if word.endswith(".yaml")]
+    """`accessory VERB`: its settings are known, and its config is there."""
+    verb, settings = VERB_SETTINGS[words[0]]
+    configs = [word for word in words[1:] if word.endswith(".yaml")]
     assert all((ROOT / config).is_file() for config in configs), f"{configs} is not there"
-    pairs = [word for word in words if word not in configs]
-    settings = parse(Settings, pairs)
-    settings.check()
+    parse(settings, words[1:], translate=translator(verb))
 
 
 @pytest.mark.parametrize("text", INLINE)

@@ -1,4 +1,4 @@
-"""Process start to first token: each side as a program of its own, from a folder of random weights on disk.
+"""Process start to first token: each side as a program of its own, from one Hugging Face folder of random weights.
 
 Must not import the peer itself; its program does.
 """
@@ -12,23 +12,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from accessory.bench.shapes import SHAPES
-from accessory.bench.sides import fill, hf_config
+from accessory.bench.sides import fill
+from accessory.checkpoint.headers import Spec
+from accessory.checkpoint.huggingface.papers import config_json
+from accessory.checkpoint.huggingface.writer import HuggingFaceForm, HuggingFaceWriter
 from accessory.dist import dtype_from_name
 from accessory.model import Llama, LlamaConfig
 
 OURS = """
 import sys, torch
-from accessory.assemble import load, build, Spec
+from accessory.assemble import build, load, read_spec
 from accessory.checkpoint import open_folders
-from accessory.model import LlamaConfig
 folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
 checkpoint = open_folders(folder)
-model = build(Spec("llama", LlamaConfig(**checkpoint.config)), dtype=dtype)
+model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
 load(model, checkpoint, device=device, dtype=dtype)
 model.eval().requires_grad_(False).fuse()
 with torch.inference_mode():
@@ -49,48 +52,38 @@ with torch.inference_mode():
 
 
 def start_times(shape: str, peer: str, dtype: str, device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds per round and side; the folders are written first, so that all rounds read from the page cache.
+    """Seconds per round and side; the folder is written first, so that all rounds read from the page cache.
 
-    Raises OSError when the disk cannot hold the folders, RuntimeError when a program fails.
+    Raises OSError when the disk cannot hold the folder, RuntimeError when a program fails.
     """
     programs = {"ours": OURS, **({"transformers": TRANSFORMERS} if peer == "transformers" else {})}
     kind = dtype_from_name(dtype)
     with tempfile.TemporaryDirectory(prefix="accessory-bench-") as place:
-        folders = _write(SHAPES[shape], Path(place), peer=peer, dtype=kind)
+        folder = Path(place) / "model"
+        _write(SHAPES[shape], folder, dtype=kind)
         times: dict[str, list[float]] = {name: [] for name in programs}
         for turn in range(rounds + 1):
             for name, program in programs.items():
-                seconds = _first_token(program, folders[name], device, str(kind).removeprefix("torch."))
+                seconds = _first_token(program, folder, device, str(kind).removeprefix("torch."))
                 if turn:  # the first turn fills the page cache and compiles bytecode
                     times[name].append(seconds)
     return times
 
 
-def _write(config: LlamaConfig, place: Path, *, peer: str, dtype: torch.dtype) -> dict[str, Path]:
-    """The same amount of random weights as an Accessory folder and, for the peer, as a Hugging Face folder."""
-    from dataclasses import asdict
-
-    from accessory.checkpoint import write_folder
-
+def _write(config: LlamaConfig, folder: Path, *, dtype: torch.dtype) -> None:
+    """Random weights as the Hugging Face folder that both sides open."""
     model = Llama(config, device="cpu", dtype=dtype)
-    needed = sum(p.nbytes for p in model.parameters()) * (2 if peer == "transformers" else 1)
-    free = shutil.disk_usage(place).free
+    needed = sum(p.nbytes for p in model.parameters())
+    free = shutil.disk_usage(folder.parent).free
     if free < needed * 1.05:
-        raise OSError(f"{place}: {free >> 20} MiB free, expected {needed >> 20} MiB for the weights; set TMPDIR")
+        raise OSError(f"{folder}: {free >> 20} MiB free, expected {needed >> 20} MiB for the weights; set TMPDIR")
     fill(model)
-    folders = {"ours": place / "ours"}
-    write_folder(folders["ours"], model.state_dict(), config=asdict(config), meta={"llama_type": "llama"})
-    del model
-    if peer == "transformers":
-        import transformers
-
-        with torch.device("meta"):
-            other = transformers.LlamaForCausalLM(hf_config(config)).to(dtype)
-        other = other.to_empty(device="cpu")
-        fill(other)
-        folders["transformers"] = place / "transformers"
-        other.save_pretrained(folders["transformers"])
-    return folders
+    tensors = model.state_dict()
+    specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    with HuggingFaceWriter(folder, specs, form=HuggingFaceForm("llama", config.head_dim)) as writer:
+        for key, tensor in tensors.items():
+            writer.put(key, tensor)
+        writer.finish(config=config_json(asdict(config), family="llama", dtype=str(dtype).removeprefix("torch.")))
 
 
 def _first_token(program: str, folder: Path, device: str, dtype: str) -> float:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from accessory.train.muon import orthogonal
+
 
 class MuonAdamW:
     """One optimiser over named parameters.
@@ -64,14 +66,3 @@ class MuonAdamW:
                 update = update if update.shape == target.shape else update.T
                 target.mul_(1 - lr * self.decay).add_(update, alpha=-lr)
         torch._foreach_copy_([p for p, _, _ in self.matrices], [master for _, master, _ in self.matrices])
-
-
-def orthogonal(x: Tensor, *, steps: int = 5) -> Tensor:
-    """[N, rows <= columns] -> about U V' of each matrix's SVD, in bf16 (quintic Newton-Schulz iteration)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = x.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
