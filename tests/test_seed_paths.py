@@ -117,7 +117,7 @@ def test_swifts_tree_holds_what_its_users_look_for(checkpoint):
 
 def test_swifts_merged_checkpoint_answers_as_the_adapter_does(checkpoint, home):
     merged = Path(f"{checkpoint}-merged")
-    words = ["--load_dataset_config", "true", "--dtype", "fp32", *GREEDY]
+    words = ["--load_dataset_config", "true", "--dtype", "fp32", "--allow_private_urls", "true", *GREEDY]
     printed = run("infer", "--ckpt_dir", checkpoint, *words, cwd=home).stdout
     said = run("export", "--ckpt_dir", checkpoint, "--merge_lora", "true", cwd=home).stderr
     assert "verified on" in said
@@ -126,8 +126,10 @@ def test_swifts_merged_checkpoint_answers_as_the_adapter_does(checkpoint, home):
     assert len(answers) == 3 and printed.count(RULE) == 3 and printed == again
     assert [row["response"] for row in answers] == [row["response"] for row in others]
     assert {row["label"] for row in answers} == {"66666"} and all(row["images"] for row in answers)
-    base = run("infer", "--model_id_or_path", "llava", "--model_type", TYPE, "--dataset", "rows.jsonl", *words[2:],
-               "--allow_private_urls", "true", "--val_size", 0, cwd=home)  # fmt: skip
+    named = ["--model_id_or_path", "llava", "--model_type", TYPE, "--dataset", "rows.jsonl", "--val_size", 0]
+    base = run("infer", *named, *words[2:], cwd=home)
+    private = refused("infer", "--ckpt_dir", merged, *words[:4], cwd=home)
+    assert "is not public" in private  # notes in a folder permit nothing
     assert not set(re.findall(r"\[OUTPUT\](.*)", base.stdout)) >= set(re.findall(r"\[OUTPUT\](.*)", printed))
     assert "whole model already" in refused("export", "--ckpt_dir", merged, "--merge_lora", "true", cwd=home)
 

@@ -333,4 +333,4 @@ def test_every_example_is_in_our_own_words(name, verb, caplog):
     settings = parse(WORDS[verb], [file], translate=translator(verb))
     if hasattr(settings, "check"):
         settings.check()
-    assert caplog.messages == []
+    assert all("dialect: Accessory" in line for line in caplog.messages)

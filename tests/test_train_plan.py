@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from accessory.train.memory import Load, Place, activations, cache_bytes, held, 
 from accessory.train.optim import make_optimizer
 from accessory.train.plan import PEAK, DataFacts, place_of, plan, render, shape_spec
 from accessory.train.settings import Settings
+from accessory.train.start import plan_spec
 from accessory.train.trainee import Trainee
 from spawn import run_ranks
 
@@ -322,3 +324,12 @@ def test_the_text_of_a_plan_adds_up() -> None:
     text = render(seen)
     numbers = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("  ") and "not" not in line]
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.01) and "NF4" in text
+
+
+def test_a_wider_window_scales_dynamic_rotary_positions_from_the_one_the_model_was_trained_for(tmp_path):
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 50, "max_seq_len": 128}
+    said = {**sizes, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    (tmp_path / "params.json").write_text(json.dumps(said))
+    told = Settings(llama_config=[str(tmp_path / "params.json")], max_seq_len=512, cutoff_len=512)
+    spec = plan_spec(told, None, 50)
+    assert spec.llama.max_seq_len == 512 and spec.llama.rope_scaling["original_max_position_embeddings"] == 128

@@ -67,7 +67,8 @@ class Folder:
 def recognise(path: str | Path, *, state: bool = True) -> Folder:
     """Find out what a folder of weights is. Raises ValueError, in one sentence, when it is none that can be read.
 
-    state: a checkpoint of a run that holds all weights in Hugging Face's form too is one; otherwise those count.
+    state: a checkpoint of a run that holds its weights in Hugging Face's or PEFT's form too is one; otherwise those
+    count, since they name their base.
     """
     folder = Path(path)
     if str(path).startswith("hf://"):
@@ -82,7 +83,8 @@ def recognise(path: str | Path, *, state: bool = True) -> Folder:
             f"{folder}: writing it was cut short ({manifest.UNFINISHED} lies in it); delete it and write it again"
         )
     ours = [form for name in listing for form, pattern in _SHARDS if pattern.fullmatch(name)]
-    if not ours or (not state and {*ours} == {"training"} and holds_all(listing)):
+    others = "adapter_config.json" in listing or holds_all(listing)
+    if not ours or (not state and {*ours} == {"training"} and others):
         if "adapter_config.json" in listing:
             return _adapter(folder, listing)
         if huggingface.holds(listing):

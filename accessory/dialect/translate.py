@@ -76,7 +76,9 @@ class Translator:
     def __call__(self, words: Mapping[str, Any], known: Collection[str]) -> Translation:
         """Translate and say so. ValueError, in one sentence, for words that contradict each other or cannot be."""
         done = translate(self.verb, words, known=known)
-        lines = [LINE.format(title=TOOLS[done.dialect].title)] if done.dialect in TOOLS else []
+        tool = TOOLS.get(done.dialect)
+        # of ours it is said where many words are shared but defaults are not
+        lines = [LINE.format(title=tool.title if tool else "Accessory")] if tool or self.verb == "train" else []
         if self.say:
             _say([*lines, *done.notes])
         return done

@@ -40,7 +40,6 @@ _DATA = {
     "dataset_dir": ("dataset_dir",),
     "media_dir": ("media_dir",),
     "max_samples": ("max_samples",),
-    "allow_private_urls": ("allow_private_urls",),
 }
 # crops that are drawn by chance are for training alone
 _TRAINING = {"image_transform": "random_resized_crop"}

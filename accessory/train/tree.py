@@ -30,7 +30,7 @@ from accessory.train.settings import Settings
 
 TINY_NAME = "tiny"
 # our own words beside the tool's, for whoever opens what the run leaves
-NOTED = ("dataset_dir", "media_dir", "max_samples", "allow_private_urls", "tokenizer_path", "only_save_trainable")
+NOTED = ("dataset_dir", "media_dir", "max_samples", "tokenizer_path", "only_save_trainable")
 NOTED += ("seed", "lora_rank", "lora_alpha")
 _NUMBERED = re.compile(r"v(\d+)-.+")
 _TRIES = 100  # runs that are started in the same second

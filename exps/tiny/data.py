@@ -33,7 +33,6 @@ log = logging.getLogger("tiny")
 TEMPLATE = "tiny"
 SLOTS = 18  # positions of a picture
 ROOM = 128  # positions of a sequence: cutoff_len of the YAML files
-TENTHS = 10  # in text a place is two digits
 
 Row = dict[str, Any]
 
@@ -134,8 +133,7 @@ def texts(rng: Random, count: int) -> Iterator[Row]:
         scene = draw_scene(rng)
         things = [replace(thing, x=_tenth(thing.x), y=_tenth(thing.y)) for thing in scene.things]
         scene = replace(scene, things=tuple(things))
-        told = ", ".join(f"{thing.name} {int(thing.x * TENTHS)} {int(thing.y * TENTHS)}" for thing in things)
-        lines = [f"Picture: {told}"]
+        lines = [f"Picture: {questions.told(scene)}"]
         source = pools.questions_of(rng, scene, mix=pools.SCENE_MIX)
         for _ in range(6):
             question, answer = next(source)
@@ -148,7 +146,7 @@ def texts(rng: Random, count: int) -> Iterator[Row]:
 
 def _tenth(value: float) -> float:
     """The middle of its tenth."""
-    return (int(value * TENTHS) + 0.5) / TENTHS
+    return (int(value * questions.TENTHS) + 0.5) / questions.TENTHS
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -25,13 +25,14 @@ BLOCK = 500  # pictures drawn from one seed
 # Weights of the questions about a scene; what is harder to learn is asked more often.
 Mix = dict[str, int]
 SCENE_MIX: Mix = {
-    "color": 6, "shape": 6, "size": 7, "count": 13, "exist": 9, "where": 11, "rel": 24, "compare": 5, "side": 8,
-    "caption": 9, "list": 5, "absent": 9, "ambiguous": 5, "digit": 5, "off-topic": 4, "chat": 2,
+    "color": 6, "shape": 6, "size": 7, "count": 15, "exist": 9, "where": 11, "rel": 22, "compare": 6, "side": 8,
+    "caption": 9, "list": 5, "places": 6, "direction": 12, "absent": 9, "ambiguous": 5, "digit": 5, "off-topic": 4,
+    "chat": 2,
 }  # fmt: skip
 # First looks: what is where, and which of two lies further to a side.
 LOOK_MIX: Mix = {
-    "color": 12, "shape": 12, "size": 8, "count": 7, "exist": 7, "where": 14, "far": 14, "compare": 8, "side": 9,
-    "caption": 12, "list": 5,
+    "color": 12, "shape": 12, "size": 8, "count": 7, "exist": 7, "where": 14, "far": 10, "compare": 8, "direction": 18,
+    "side": 9, "caption": 12, "list": 5, "places": 40,
 }  # fmt: skip
 
 

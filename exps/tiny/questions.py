@@ -133,6 +133,8 @@ COMPARE_WORDS = {
     "above": ("higher", "further up"),
     "below": ("lower", "further down"),
 }
+DIRECTION_Q = ("Seen from the {b}, where is the {a}?", "How does the {a} lie to the {b}?",
+               "On which side of the {b} is the {a}?")  # fmt: skip
 SIDE_Q = ("Which shape is {side}?", "What is {side}?", "Which one is {side}?", "Tell me which shape is {side}.",
           "Which object is {side}?", "Name the shape that is {side}.")  # fmt: skip
 SIDE_WORDS = {
@@ -253,6 +255,17 @@ def ask_compare(rng: Random, scene: Scene, *, gap: float = GAP) -> Asked | None:
     return Asked(question, f"The {further[0].text()}.", "compare")
 
 
+def ask_direction(rng: Random, scene: Scene) -> Asked | None:
+    """`rel` with all that there is to say: a word for each axis along which the two are apart."""
+    one, other = _unique(rng, scene, WAYS["rel"]), _unique(rng, scene, WAYS["rel"])
+    if not one or not other or one[1] is other[1]:
+        return None
+    apart = {side: _beyond(one[1], other[1], side) for side in ("left", "right", "above", "below")}
+    said = [f"{REL_WORDS[side][0]} it" for side, by in apart.items() if by >= GAP]
+    question = rng.choice(DIRECTION_Q).format(a=one[0].text(), b=other[0].text())
+    return Asked(question, f"It is {' and '.join(said)}.", "direction") if said else None
+
+
 def ask_side(rng: Random, scene: Scene) -> Asked | None:
     side = rng.choice(tuple(SIDE_WORDS))
     order = sorted(scene.things, key=lambda thing: _beyond(thing, scene.things[0], side), reverse=True)
@@ -317,8 +330,24 @@ def ask_ambiguous(rng: Random, scene: Scene) -> Asked | None:
     return Asked(rng.choice(DESCRIBING[kind]).format(r=phrase.text()), f"There are {count} {text}.", "ambiguous")
 
 
+PLACES_Q = ("Where is everything?", "Say where all shapes are.", "Name all places.", "What is where?")
+TENTHS = 10  # a place is told in two of its tenths, to the right and down
+
+
+def ask_places(rng: Random, scene: Scene) -> Asked:
+    """Every shape and its place in tenths, in the order of reading."""
+    return Asked(rng.choice(PLACES_Q), f"{told(scene)}.".capitalize(), "places")
+
+
+def told(scene: Scene) -> str:
+    """Every shape and its place in tenths, quarter by quarter of the picture's height."""
+    order = sorted(scene.things, key=lambda thing: (int(4 * thing.y), thing.x))
+    return ", ".join(f"{thing.name} {int(thing.x * TENTHS)} {int(thing.y * TENTHS)}" for thing in order)
+
+
 SPECIAL_KINDS: dict[str, Callable[[Random, Scene], Asked | None]] = {
     "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "far": ask_far, "compare": ask_compare,
+    "places": ask_places, "direction": ask_direction,
 }  # fmt: skip
 
 
