@@ -318,7 +318,7 @@ class Engine:
                 self._run(Forget(running.row))
                 self._finish(running, "cancelled")
             raise ValueError(
-                "logits: got NaN, expected numbers; fp16 overflows in some models, bf16 and fp32 do not: choose one of these"
+                "logits: got NaN, expected numbers; fp16 overflows in some models: choose bf16 or fp32"
             )
         said = logits[:, : self._vocabulary]  # ids beyond the tokenizer's pad the weights and mean nothing
         if len(self._unsaid):

@@ -159,7 +159,7 @@ class Stream:
             for found in read([(file, raw)]).results[0]:
                 if isinstance(found, Tokens):
                     where = f"{self._files[file].path}:{raw.number}"
-                    row = _row(found, where, self.config.slots, raw.number)
+                    row = _row(found, where, self.config, raw.number)
                     return f"{where}\n{show(row, tokenizer, counts=self.config.geometry.count(row.sizes))}"
         return ""
 
