@@ -263,7 +263,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_poison_no_later_request(bun
     kept = norm.detach().clone()
     norm.data.fill_(float("nan"))
     try:
-        with pytest.raises(ValueError, match=r"logits: got NaN.*--dtype bf16 or fp32"):
+        with pytest.raises(ValueError, match=r"logits: got NaN.*choose bf16 or fp32"):
             engine.generate([raw("hello there, all of you")])
     finally:
         norm.data.copy_(kept)

@@ -317,9 +317,7 @@ class Engine:
             for running in ready:  # what such a row left in the cache must not meet the next request
                 self._run(Forget(running.row))
                 self._finish(running, "cancelled")
-            raise ValueError(
-                "logits: got NaN, expected numbers; fp16 overflows in some models: choose bf16 or fp32"
-            )
+            raise ValueError("logits: got NaN, expected numbers; fp16 overflows in some models: choose bf16 or fp32")
         said = logits[:, : self._vocabulary]  # ids beyond the tokenizer's pad the weights and mean nothing
         if len(self._unsaid):
             said = said.index_fill(1, self._unsaid.to(said.device), -torch.inf)

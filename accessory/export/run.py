@@ -146,7 +146,9 @@ def _carry_arguments(job: Job, target: Path) -> None:
     last = Path(job.paths[-1])
     noted = next((place / ARGUMENTS for place in (last, last.parent) if (place / ARGUMENTS).is_file()), None)
     if noted is not None:
-        said = {**load_json(noted), "sft_type": "full", "quantization_bit": 0, "only_save_trainable": False}
+        said = load_json(noted)
+        merged = {"sft_type": "full", "quantization_bit": 0, "only_save_trainable": False}
+        said |= {name: value for name, value in merged.items() if name in said or name == "sft_type"}
         (target / ARGUMENTS).write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _record_flights(folder: str) -> None:
     """Have NCCL keep its last collectives and write them into the run's folder when one of them takes too long."""
     place = str(Path(folder).absolute() / "flight-rank-")
-    wanted = {"TRACE_BUFFER_SIZE": "2000", "DUMP_ON_TIMEOUT": "1", "DEBUG_INFO_TEMP_FILE": place}
+    wanted = {"FR_BUFFER_SIZE": "2000", "NCCL_DUMP_ON_TIMEOUT": "1", "NCCL_DEBUG_INFO_TEMP_FILE": place}
     for name, value in wanted.items():
-        os.environ.setdefault(f"TORCH_NCCL_{name}", value)
+        os.environ.setdefault(f"TORCH_{name}", value)
 
 
 def _from_checkout(path: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from random import Random
 
 import words
 from scenes import COLORS, SHAPES, SIZES, Scene, Thing
 
-FAR = 0.3  # centres further apart than this are easy to compare
+FAR = 0.3  # centres further apart than this are easy to compare: the same lesson to begin with
 GAP = 0.09  # centres nearer than this, along the axis asked about, are a tie
 BORDER = 0.06  # centres nearer to the border of two thirds belong to neither
 COLUMNS, ROWS = ("left", "", "right"), ("top", "", "bottom")
@@ -133,8 +134,7 @@ COMPARE_WORDS = {
     "above": ("higher", "further up"),
     "below": ("lower", "further down"),
 }
-DIRECTION_Q = ("Seen from the {b}, where is the {a}?", "How does the {a} lie to the {b}?",
-               "On which side of the {b} is the {a}?")  # fmt: skip
+DIRECTION_Q = ("Seen from the {b}, where is the {a}?", "On which side of the {b} is the {a}?")
 SIDE_Q = ("Which shape is {side}?", "What is {side}?", "Which one is {side}?", "Tell me which shape is {side}.",
           "Which object is {side}?", "Name the shape that is {side}.")  # fmt: skip
 SIDE_WORDS = {
@@ -236,11 +236,6 @@ def ask_rel(rng: Random, scene: Scene, *, gap: float = GAP) -> Asked | None:
         return None
     question = rng.choice(REL_Q).format(a=one[0].text(), b=other[0].text(), rel=rng.choice(REL_WORDS[side]))
     return Asked(question, "Yes, it is." if _beyond(one[1], other[1], side) > 0 else "No, it is not.", "rel")
-
-
-def ask_far(rng: Random, scene: Scene) -> Asked | None:
-    """`rel` where the two lie far apart: the same lesson, easier to begin with."""
-    return ask_rel(rng, scene, gap=FAR)
 
 
 def ask_compare(rng: Random, scene: Scene, *, gap: float = GAP) -> Asked | None:
@@ -346,7 +341,7 @@ def told(scene: Scene) -> str:
 
 
 SPECIAL_KINDS: dict[str, Callable[[Random, Scene], Asked | None]] = {
-    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "far": ask_far, "compare": ask_compare,
+    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "far": partial(ask_rel, gap=FAR), "compare": ask_compare,
     "places": ask_places, "direction": ask_direction,
 }  # fmt: skip
 
