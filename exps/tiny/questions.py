@@ -341,8 +341,8 @@ def told(scene: Scene) -> str:
 
 
 SPECIAL_KINDS: dict[str, Callable[[Random, Scene], Asked | None]] = {
-    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "far": partial(ask_rel, gap=FAR), "compare": ask_compare,
-    "places": ask_places, "direction": ask_direction,
+    "absent": ask_absent, "ambiguous": ask_ambiguous, "list": ask_list, "compare": ask_compare,
+    "far": partial(ask_rel, gap=FAR), "places": ask_places, "direction": ask_direction,
 }  # fmt: skip
 
 
