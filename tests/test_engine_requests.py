@@ -98,7 +98,7 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(bundle):
 
 def test_eos_ends_an_answer(bundle, monkeypatch):
     engine = Engine(bundle, ONE)
-    monkeypatch.setattr("accessory.engine.engine.sample", lambda logits, *_, **__: torch.tensor([2] * len(logits)))
+    monkeypatch.setattr(engine, "_chooser", lambda logits, *_: [(2, None)] * len(logits))
     result = engine.generate([raw("the")])[0]
     assert (bundle.tokenizer.eos_id, result.ids, result.text, result.finish) == (2, [], "", "stop")
 

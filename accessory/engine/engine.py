@@ -6,10 +6,7 @@ Must not know files of weights, terminals or the network. A row of the cache is 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -18,37 +15,16 @@ from torch import Tensor
 from accessory.assemble import Bundle
 from accessory.data.image import Orientation
 from accessory.dist import Ranks
+from accessory.engine.choose import Choice, Chooser
 from accessory.engine.interrupt import between_steps
+from accessory.engine.prefix import NOTHING, Rows, Seat
 from accessory.engine.prompt import Prompt, Prompter
 from accessory.engine.reading import Reader, Score
-from accessory.engine.request import Answer, Event, Finish, Request, Result
+from accessory.engine.request import Answer, Event, Finish, Odds, Request, Result
+from accessory.engine.steps import Running, Stats, Turns, piece, together, tokens
+from accessory.engine.waiting import Waiting
 from accessory.engine.wire import Wire
-from accessory.engine.worker import Forget, Forward, Op, See, Worker
-from accessory.model import sample
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A request that has a row."""
-
-    answer: Answer
-    prompt: Prompt
-    row: int
-    fed: int
-    """Positions of the prompt that are in the cache."""
-    seen: Tensor | None = None
-    """Ids for the repetition penalty, with room for all to come; None where there is no penalty."""
-
-    @property
-    def feeding(self) -> bool:
-        return self.fed < len(self.prompt.ids)
-
-    @property
-    def next_position(self) -> int:
-        """The position that the next chosen token will take."""
-        return len(self.prompt.ids) + len(self.answer.ids)
+from accessory.engine.worker import Copy, Forget, Op, See, Worker
 
 
 class Engine:
@@ -76,23 +52,37 @@ class Engine:
         prefill_chunk: int = 512,
         image_transform: str | None = None,
         orientation: Orientation = "keep",
+        reuse: bool = True,
+        deterministic: bool = False,
+        compiled: bool = False,
+        queue: int | None = None,
     ) -> None:
         """rows: requests at once; window: tokens of each, prompt and answer (None: the model's); both cost memory now.
 
-        prefill_chunk: most tokens of one prompt per step. image_transform: None for the model's own.
+        prefill_chunk: most tokens of prompts per step. image_transform: None for the model's own.
         orientation: of photographs, `keep` as stored (the reference's) or `apply` what their EXIF says.
-        Raises ValueError for numbers below 1 and unknown transforms.
+        reuse: a prompt takes the positions that it begins with from a row that has them.
+        deterministic: a result depends on its request alone, bit by bit, never on who shares the batch or came before:
+        answers go on in steps of all rows, prompts one by one in pieces cut at multiples of prefill_chunk, and only
+        such pieces are reused. Slower where few requests run. compiled: compile the step of answers (static shapes; a
+        CUDA graph on a GPU), which takes its time here. queue: most requests that wait (None: any number).
+        Raises ValueError for numbers below 1, unknown transforms and what excludes each other.
         """
         window = bundle.config.max_seq_len if window is None else window
-        for name, value in (("rows", rows), ("window", window), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
+        for name, value in (("rows", rows), ("window", window), ("prefill_chunk", prefill_chunk), ("queue", queue)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        self.window, self._leads, self._chunk = window, ranks.leader, prefill_chunk
-        self._worker = Worker(bundle.model, rows=rows, window=window)
+        if compiled and deterministic:
+            raise ValueError("compiled: got true with deterministic, whose rows attend one by one; drop one of them")
+        self.window, self.rows, self._leads = window, rows, ranks.leader
+        self._chunk, self._apart = min(prefill_chunk, window), deterministic
+        self._full = rows if deterministic or compiled else None
+        self._worker = Worker(bundle.model, rows=rows, window=window, compiled=compiled)
         self._wire = None if ranks.control is None else Wire(ranks.control, rows=rows)
         self._prompter = Prompter(bundle, window=window, image_transform=image_transform, orientation=orientation)
         self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
-        self._unsaid = torch.tensor([token for token in sorted(bundle.tokenizer.unsaid) if token < self._vocabulary])
+        unsaid = [token for token in sorted(bundle.tokenizer.unsaid) if token < self._vocabulary]
+        self._chooser = Chooser(vocabulary=self._vocabulary, unsaid=torch.tensor(unsaid, dtype=torch.int64))
         self._prompted = bundle.model.prompt is not None
         self._reader = Reader(
             self._run,
@@ -102,11 +92,13 @@ class Engine:
             prompted=self._prompted,
         )
         self._numbers = itertools.count()
-        self._waiting: deque[tuple[Answer, Prompt]] = deque()
-        self._running: dict[int, _Running] = {}  # by row
-        self._free = set(range(rows))
-        self._fed_last = False
+        self._waiting = Waiting(queue)
+        self._running: dict[int, Running] = {}  # by row
+        grows = bundle.model.rope.grows  # keys then keep the base of their time
+        self._rows = Rows(rows, size=window, reuse=reuse and not grows, multiple=self._chunk if deterministic else 1)
+        self._turns = Turns()
         self._over = False
+        self.stats = Stats()
 
     # ---- the leader's side
 
@@ -114,6 +106,21 @@ class Engine:
     def idle(self) -> bool:
         """Whether no request waits or runs."""
         return not self._waiting and not self._running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return len(self._running)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values on this rank."""
+        return self._worker.cache.nbytes
 
     def length(self, request: Request) -> int:
         """Positions of the window that the request's prompt takes, pictures included; they are not opened for it."""
@@ -123,9 +130,19 @@ class Engine:
         """The request's prompt for human eyes: control tokens by name, pictures as <picture 0>."""
         return self._prompter.encode(request)[2].text
 
+    def prepare(self, request: Request) -> Prompt:
+        """The slow part of a submission - text is encoded, pictures are read - on any thread. Raises as `submit`."""
+        return self._prompter(request)
+
+    def enqueue(self, request: Request, prompt: Prompt) -> Answer:
+        """Queue a prepared request, on the thread that steps; it joins at a step with a free row. Raises QueueFull."""
+        answer = Answer(next(self._numbers), request)
+        self._waiting.push(answer, prompt)
+        return answer
+
     def submit(self, request: Request) -> Answer:
-        """Queue a request; it joins at a step with a free row. ValueError or OSError for one that cannot be asked."""
-        return self._enqueue(request, self._prompter(request))
+        """Both at once. ValueError or OSError for a request that cannot be asked, QueueFull where too many wait."""
+        return self.enqueue(request, self.prepare(request))
 
     def step(self) -> list[Event]:
         """Run one step of all requests and return what it brought, in no order that matters.
@@ -137,19 +154,20 @@ class Engine:
         if self._over:
             raise RuntimeError("engine: got a step after its end or a failure; build a new one")
         with between_steps():
-            self._admit()
+            failed = self._admit()
             everyone = [self._running[row] for row in sorted(self._running)]
             feeding = [running for running in everyone if running.feeding]
             speaking = [running for running in everyone if not running.feeding]
-            self._fed_last = bool(feeding) and not (speaking and self._fed_last)
-            chosen = feeding if self._fed_last else speaking
-            if not chosen:
-                return []
-            logits = self._run(self._piece(feeding) if self._fed_last else self._tokens(speaking))
-            for running in chosen:
-                running.fed = min(running.fed + self._chunk, len(running.prompt.ids))
-            ready = [running for running in chosen if not running.feeding]
-            return [] if logits is None else self._accept(ready, logits)
+            if not everyone:
+                return failed
+            if self._turns.feed(len(feeding), len(speaking)):
+                return [*failed, *self._feed(together(feeding, chunk=self._chunk, alone=self._apart))]
+            self.stats.answer_steps += 1
+            logits = self._run(tokens(speaking, full=self._full, apart=self._apart))
+            assert logits is not None, "every answer's next token was asked for"
+            for running in speaking:
+                self._rows.say(running.row, running.next_position - 1, running.answer.ids[-1])
+            return [*failed, *self._accept(speaking, logits)]
 
     def cancel(self, answer: Answer) -> Result:
         """End an answer where it is: its row is free at once. The result of a finished one does not change."""
@@ -161,11 +179,11 @@ class Engine:
                     if running.feeding and running.prompt.pixels is not None and not self._over:
                         self._run(Forget(running.row))
                     return self._finish(running, "cancelled")
-        for place, (waiting, prompt) in enumerate(self._waiting):
-            if waiting is answer:
-                del self._waiting[place]
-                answer.result = Result("", [], "cancelled", len(prompt.ids), prompt.dropped)
-                return answer.result
+        prompt = self._waiting.remove(answer)
+        if prompt is not None:
+            self.stats.finished["cancelled"] += 1
+            answer.result = Result("", [], "cancelled", len(prompt.ids), prompt.dropped)
+            return answer.result
         raise ValueError(f"cancel: got answer {answer.id}, which is not of this engine")
 
     def stream(self, request: Request) -> Iterator[str]:
@@ -185,9 +203,13 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """The results of all requests, in their order. If one of them cannot be asked, none is."""
-        prompts = [self._prompter(request) for request in requests]
-        answers = [self._enqueue(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
+        prompts = [self.prepare(request) for request in requests]
+        answers: list[Answer] = []
         try:
+            for request, prompt in zip(requests, prompts, strict=True):
+                while self._waiting.full:
+                    self.step()
+                answers.append(self.enqueue(request, prompt))
             while any(answer.result is None for answer in answers):
                 self.step()
         finally:
@@ -211,9 +233,10 @@ class Engine:
         assert self._leads, "only rank 0 reads; the others are in follow()"
         if self._over:
             raise RuntimeError("engine: got a prompt after its end or a failure; build a new one")
-        while not self._free:
+        while (seat := self._rows.take(NOTHING)) is None:
             self.step()
-        return min(self._free)
+        self._rows.release(seat.row, keep=False)
+        return seat.row
 
     def close(self) -> None:
         """Leader: let the other ranks leave `follow`. Requests under way are lost. A second call does nothing."""
@@ -237,63 +260,50 @@ class Engine:
 
     # ---- scheduling
 
-    def _enqueue(self, request: Request, prompt: Prompt) -> Answer:
-        answer = Answer(next(self._numbers), request)
-        self._waiting.append((answer, prompt))
-        return answer
+    def _admit(self) -> list[Event]:
+        """Give free rows to those whose turn it is; the events of those who cannot begin."""
+        failed = []
+        while self._waiting and self._rows.free:
+            answer, prompt = self._waiting.first()
+            try:
+                choice = Choice(answer.request, prompt, vocabulary=self._vocabulary)
+            except ValueError as error:
+                self._waiting.pop()
+                failed.append(self._refuse(answer, prompt, error))
+                continue
+            seat = self._rows.take(prompt.keys)
+            assert seat is not None, "a row is free"
+            try:
+                self._sit(seat, prompt)
+            except BaseException:
+                self._rows.release(seat.row, keep=False)
+                raise
+            self._waiting.pop()
+            self._running[seat.row] = Running(answer, prompt, seat.row, seat.length, choice, seat.length)
+            self.stats.prompt_tokens += len(prompt.ids)
+            self.stats.cached_tokens += seat.length
+        return failed
 
-    def _admit(self) -> None:
-        """Give free rows, lowest first, to those who wait longest."""
-        while self._waiting and self._free:
-            answer, prompt = self._waiting[0]
-            row = min(self._free)
-            running = _Running(answer, prompt, row, self._reusable(row, prompt))
-            if prompt.pixels is not None or self._prompted:
-                self._run(See(row, prompt.pixels, prompt.order))
-            self._waiting.popleft()
-            self._free.remove(row)
-            self._running[row] = running
+    def _sit(self, seat: Seat, prompt: Prompt) -> None:
+        """Bring what a request begins with into its row."""
+        if seat.length and seat.source != seat.row:
+            self._run(Copy(seat.source, seat.row, seat.length))
+        if self._prompted:
+            if not seat.length:
+                self._run(See(seat.row, prompt.pixels, prompt.order))
+        elif prompt.pixels is not None and max(prompt.slots[seat.length :]) >= 0:
+            self._run(See(seat.row, prompt.pixels, prompt.order))
 
-    def _reusable(self, row: int, prompt: Prompt) -> int:
-        """How many leading positions of the prompt a free row already holds: the seam for prefix reuse."""
-        return 0
-
-    def _piece(self, feeding: list[_Running]) -> Forward:
-        """The next piece of each prompt, ragged, padded on the right."""
-        sizes = [min(self._chunk, len(running.prompt.ids) - running.fed) for running in feeding]
-        shape = (len(feeding), max(sizes))
-        ids, positions = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
-        slots, last = torch.full(shape, -1), torch.full(shape[:1], -1)
-        for at, (running, size) in enumerate(zip(feeding, sizes, strict=True)):
-            start, stop = running.fed, running.fed + size
-            ids[at, :size] = torch.tensor(running.prompt.ids[start:stop])
-            positions[at, :size] = torch.arange(start, stop)
-            slots[at, :size] = torch.tensor(running.prompt.slots[start:stop])
-            if stop == len(running.prompt.ids):
-                last[at] = size - 1
-        pictured = slots if bool((slots >= 0).any()) else None
-        extent = int(positions.max()) + 1
-        return Forward(ids, positions, last, extent, _rows([running.row for running in feeding]), pictured)
-
-    def _tokens(self, speaking: list[_Running]) -> Forward:
-        """The newest token of each answer.
-
-        Rows 0 to B-1 are read without a copy of the cache, so a few holes among them are cheaper as padding.
-        """
-        width = speaking[-1].row + 1
-        rows = list(range(width)) if width <= 2 * len(speaking) else [running.row for running in speaking]
-        ids, positions = [0] * len(rows), [-1] * len(rows)
-        for running in speaking:
-            at = rows.index(running.row)
-            ids[at], positions[at] = running.answer.ids[-1], running.next_position - 1
-        last = [0 if position >= 0 else -1 for position in positions]
-        return Forward(
-            torch.tensor(ids)[:, None],
-            torch.tensor(positions)[:, None],
-            torch.tensor(last),
-            max(positions) + 1,
-            _rows(rows),
-        )
+    def _feed(self, chosen: list[Running]) -> list[Event]:
+        """One step of some prompts."""
+        self.stats.prompt_steps += 1
+        op = piece(chosen, chunk=self._chunk, cut=self._apart)
+        logits = self._run(op)
+        for running, last in zip(chosen, op.positions.amax(1).tolist(), strict=True):
+            running.fed = last + 1
+            self._rows.feed(running.row, running.fed)
+        ready = [running for running in chosen if not running.feeding]
+        return [] if logits is None else self._accept(ready, logits)
 
     def _run(self, op: Op) -> Tensor | None:
         """Do one op on all ranks."""
@@ -308,7 +318,7 @@ class Engine:
 
     # ---- tokens to answers
 
-    def _accept(self, ready: list[_Running], logits: Tensor) -> list[Event]:
+    def _accept(self, ready: list[Running], logits: Tensor) -> list[Event]:
         """Choose a token for each row of logits [n, vocabulary], and move each answer on.
 
         Raises ValueError for logits that are no numbers, after the answers of this step were cancelled.
@@ -316,63 +326,63 @@ class Engine:
         if logits.isnan().any():
             for running in ready:  # what such a row left in the cache must not meet the next request
                 self._run(Forget(running.row))
+                self._rows.forget(running.row)
                 self._finish(running, "cancelled")
             raise ValueError("logits: got NaN, expected numbers; fp16 overflows in some models: choose bf16 or fp32")
-        said = logits[:, : self._vocabulary]  # ids beyond the tokenizer's pad the weights and mean nothing
-        if len(self._unsaid):
-            said = said.index_fill(1, self._unsaid.to(said.device), -torch.inf)
-        chosen = sample(
-            said,
-            [running.answer.request.sampling for running in ready],
-            [running.next_position for running in ready],
-            seen=[self._seen(running, logits.device) for running in ready],
-        )
-        return [self._advance(running, token) for running, token in zip(ready, chosen.tolist(), strict=True)]
+        chosen = self._chooser(logits, [r.choice for r in ready], [r.next_position for r in ready])
+        return [self._advance(running, what) for running, what in zip(ready, chosen, strict=True)]
 
-    def _advance(self, running: _Running, token: int) -> Event:
+    def _advance(self, running: Running, what: tuple[int, Odds | None] | ValueError) -> Event:
         """Add one token to an answer, or end it."""
         answer, prompt = running.answer, running.prompt
+        if isinstance(what, ValueError):
+            text = self._say(answer, prompt.text.finish(complete=False))
+            return Event(answer, -1, text, self._finish(running, "error", error=str(what)))
+        token, odds = what
         if token in prompt.stop_ids:
             text = self._say(answer, prompt.text.finish(complete=True))
-            return Event(answer, token, text, self._finish(running, "stop"))
+            return Event(answer, token, text, self._finish(running, "stop"), odds)
         answer.ids.append(token)
+        if odds is not None:
+            answer.odds.append(odds)
+        self.stats.generated_tokens += 1
+        running.choice.push(token)
         text = prompt.text.push(token)
         finish: Finish | None = "stop" if prompt.text.stopped else None
         if finish is None and len(answer.ids) == prompt.limit:
             finish = "length"
             text += prompt.text.finish(complete=False)
             finish = "stop" if prompt.text.stopped else finish
-        if running.seen is not None:
-            running.seen[len(running.seen) - prompt.limit + len(answer.ids) - 1] = token
         self._say(answer, text)
-        return Event(answer, token, text, None if finish is None else self._finish(running, finish))
+        return Event(answer, token, text, None if finish is None else self._finish(running, finish), odds)
+
+    def _refuse(self, answer: Answer, prompt: Prompt, error: ValueError) -> Event:
+        """The end of a request that cannot begin."""
+        self.stats.finished["error"] += 1
+        answer.result = Result("", [], "error", len(prompt.ids), prompt.dropped, error=str(error))
+        return Event(answer, -1, "", answer.result)
 
     def _say(self, answer: Answer, text: str) -> str:
         if text:
             answer.parts.append(text)
         return text
 
-    def _finish(self, running: _Running, finish: Finish) -> Result:
+    def _finish(self, running: Running, finish: Finish, *, error: str = "") -> Result:
         """Make the result and free the row."""
         answer, prompt = running.answer, running.prompt
         if finish == "cancelled":
             self._say(answer, prompt.text.finish(complete=False))
         del self._running[running.row]
-        self._free.add(running.row)
-        answer.result = Result("".join(answer.parts), answer.ids, finish, len(prompt.ids), prompt.dropped)
+        self._rows.release(running.row)
+        self.stats.finished[finish] += 1
+        answer.result = Result(
+            "".join(answer.parts),
+            answer.ids,
+            finish,
+            len(prompt.ids),
+            prompt.dropped,
+            running.cached,
+            answer.odds,
+            error,
+        )
         return answer.result
-
-    def _seen(self, running: _Running, device: torch.device) -> Tensor | None:
-        """The ids so far, where a penalty asks for them; a picture's positions have none."""
-        if running.answer.request.sampling.repetition_penalty == 1.0:
-            return None
-        prompt = running.prompt
-        if running.seen is None:
-            said = [token for token, slot in zip(prompt.ids, prompt.slots, strict=True) if slot < 0]
-            running.seen = torch.tensor([*said, *[0] * prompt.limit], device=device)
-        return running.seen[: len(running.seen) - prompt.limit + len(running.answer.ids)]
-
-
-def _rows(rows: list[int]) -> Tensor | None:
-    """Rows as the cache takes them: None where they are the first ones."""
-    return None if rows == list(range(len(rows))) else torch.tensor(rows)

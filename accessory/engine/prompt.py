@@ -6,9 +6,11 @@ Must not know caches, rows or other ranks. Whatever is wrong with a request is s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +20,14 @@ from accessory.data.image import Orientation, load_picture, picture_size
 from accessory.data.template import Part, Template, Text, Turn, get_template, render
 from accessory.data.tiles import Geometry, Size
 from accessory.data.tokenizer import Tokenizer
+from accessory.engine.grammar import Grammars, Matcher
+from accessory.engine.prefix import digest, keys_of
 from accessory.engine.request import PictureSource, Request
 from accessory.engine.text import AnswerText
 
 log = logging.getLogger(__name__)
+
+MOST_LOGPROBS, MOST_BIAS = 20, 100
 
 
 class WindowError(ValueError):
@@ -40,11 +46,15 @@ class Prompt:
     """[tiles, 3, side, side] fp32; None without pictures."""
     order: Tensor | None
     """int64: which rows of the stack of all tiles the slots count; None: all, as they stand."""
+    keys: np.ndarray
+    """int64 [T]: what stands at each position, for the reuse of beginnings (`prefix.keys_of`)."""
     limit: int
     """Tokens that may be generated."""
     stop_ids: frozenset[int]
     text: AnswerText
     dropped: int
+    grammar: Matcher | None = None
+    """Where the answer stands in the request's grammar; its state, so that a prompt serves one answer."""
 
 
 class Prompter:
@@ -59,8 +69,10 @@ class Prompter:
         orientation: Orientation = "keep",
     ) -> None:
         self.tokenizer, self.window = bundle.tokenizer, window
+        self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
         self._template, self._source = bundle.template, bundle.source
         self._own_stops = bundle.stop_ids
+        self._grammars = Grammars(bundle.tokenizer)
         self._vision = getattr(bundle.model, "vision", None)
         self._orientation = orientation
         self._geometry, self._before_bos = Geometry(0), False
@@ -77,29 +89,42 @@ class Prompter:
         Raises WindowError for a prompt longer than the window, ValueError for everything else that cannot be asked,
         FileNotFoundError for a picture that is not there.
         """
-        if request.max_gen_len < 1:
-            raise ValueError(f"max_gen_len: got {request.max_gen_len}, expected at least 1")
-        if request.overlong not in ("error", "truncate"):
-            raise ValueError(f"overlong: got {request.overlong!r}, expected 'error' or 'truncate'")
+        _check(request, self._vocabulary)
         sizes = self._sizes(request)
         form, parts, encoded = self._encode(request, sizes)
         encoded, dropped = self._fit(encoded, request)
         lead, tail = _around(form)
-        stops = tuple(dict.fromkeys((*form.stops, *request.stops)))
-        if "" in stops:
-            raise ValueError("stops: got an empty string, expected strings of at least one character; drop it")
+        stops, ends = self._ends(request, form)
         opening = begins_run(parts, self.tokenizer)
+        grammar = None
+        if request.grammar is not None:  # whose texts end by themselves, and with no more than they say
+            tail = ""
+            grammar = self._grammars(request.grammar, lead=lead, opening=opening, stop_ids=ends)
         order = self._geometry.order(sizes) if sizes else None
+        pixels, digests = self._pixels(request.pictures, sizes)
+        counts = self._geometry.count(sizes) if self._geometry.each else []
         return Prompt(
             ids=encoded.ids,
             slots=encoded.slots,
-            pixels=self._pixels(request.pictures, sizes),
+            pixels=pixels,
             order=None if order is None else torch.from_numpy(order),
+            keys=keys_of(encoded.ids, encoded.slots, digests, counts),
             limit=min(request.max_gen_len, self.window - len(encoded.ids)),
-            stop_ids=_stop_ids(form, self.tokenizer) | self._own_stops | frozenset(request.stop_ids),
+            stop_ids=ends,
             text=AnswerText(self.tokenizer, stops=stops, opening=opening, lead=lead, tail=tail),
             dropped=dropped,
+            grammar=grammar,
         )
+
+    def _ends(self, request: Request, form: Template) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Strings and ids that end the answer. A grammar's text may hold what the template ends its answers with."""
+        if "" in request.stops:
+            raise ValueError("stops: got an empty string, expected strings of at least one character; drop it")
+        if request.ignore_stops:
+            return (), frozenset()
+        usual = form.stops if request.grammar is None else ()
+        ends = _stop_ids(form, self.tokenizer) | self._own_stops | frozenset(request.stop_ids)
+        return tuple(dict.fromkeys((*usual, *request.stops))), ends
 
     def encode(self, request: Request, *, answer: str | None = None) -> tuple[Template, list[Part], Encoded]:
         """The template, what it makes of the request, and that as numbers; no more than headers of pictures is read.
@@ -174,10 +199,10 @@ class Prompter:
             raise WindowError(f"prompt: got {length} tokens, expected at most {own}; shorten it or raise max_length")
         return encoded, length - len(encoded.ids)
 
-    def _pixels(self, pictures: Sequence[PictureSource], sizes: Sequence[Size]) -> Tensor | None:
-        """All pictures as the tower takes them."""
+    def _pixels(self, pictures: Sequence[PictureSource], sizes: Sequence[Size]) -> tuple[Tensor | None, list[int]]:
+        """All pictures as the tower takes them, and a digest of each."""
         if not pictures:
-            return None
+            return None, []
         parts = []
         for picture, size in zip(pictures, sizes, strict=True):
             image = load_picture(picture, orientation=self._orientation)
@@ -187,7 +212,22 @@ class Prompter:
                     " header says; save or fetch it again"
                 )
             parts.append(self._geometry.pixels(image))
-        return torch.cat(parts)
+        return torch.cat(parts), [digest(part.numpy().tobytes()) for part in parts]
+
+
+def _check(request: Request, vocabulary: int) -> None:
+    """ValueError for numbers that mean nothing."""
+    if request.max_gen_len < 1:
+        raise ValueError(f"max_gen_len: got {request.max_gen_len}, expected at least 1")
+    if request.overlong not in ("error", "truncate"):
+        raise ValueError(f"overlong: got {request.overlong!r}, expected 'error' or 'truncate'")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
+        raise ValueError(f"logprobs: got {request.logprobs}, expected none, or a number from 0 to {MOST_LOGPROBS}")
+    for token, bias in request.logit_bias.items():
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"logit_bias: got token id {token}, expected 0 to {vocabulary - 1}")
+        if not (math.isfinite(bias) and -MOST_BIAS <= bias <= MOST_BIAS):
+            raise ValueError(f"logit_bias: got {bias} for token {token}, expected -{MOST_BIAS} to {MOST_BIAS}")
 
 
 def _around(form: Template) -> tuple[str, str]:

@@ -5,7 +5,7 @@ Must not know how an answer is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,34 @@ from accessory.data.template import Template, Turn
 from accessory.model import Sampling
 
 PictureSource = str | Path | bytes | Image
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The language that an answer must be of: its text is in it, or begins one of its texts where length ends it."""
+
+    kind: GrammarKind
+    """json_object: any JSON object; json_schema: JSON of a schema; regex: a whole match; choice: one of some texts;
+    lark: a grammar in Lark's notation."""
+    text: str = ""
+    """The schema as JSON; the pattern; a JSON list of strings; the grammar; nothing for json_object."""
+
+
+@dataclass(frozen=True)
+class Odds:
+    """How likely the model found a token that was chosen, and which ones it found likeliest.
+
+    All are natural logarithms of the model's own distribution over all tokens that may be said at all: before
+    temperature, penalties, bias and grammar.
+    """
+
+    token: int
+    logprob: float
+    """-inf where it was likelier than nothing only by a bias."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens, likeliest first (the lowest id of equals), as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,16 @@ class Request:
     """truncate: a prompt that leaves no room for max_gen_len tokens loses its oldest text, never BOS or pictures."""
     max_prompt: int | None = None
     """Most positions of the prompt; None: what the window leaves."""
+    logprobs: int | None = None
+    """None: none; 0 to 20: of each token, and of so many likeliest ones beside it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to logits by token id, -100 to 100; -100 all but forbids a token."""
+    grammar: Grammar | None = None
+    """What the answer must be of; its end is then the grammar's, and `stops` are ordinary text until it ends."""
+    ignore_stops: bool = False
+    """Nothing but length ends the answer: what stops others, ids and strings, is ordinary. For measurements."""
+    client: str = ""
+    """Whose request it is: the queue takes clients in turn."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +87,18 @@ class Result:
     ids: list[int]
     """The tokens generated; a token that only ended the answer is not among them."""
     finish: Finish
-    """stop: a stop token or string; length: max_gen_len or the end of the window; cancelled: by the caller."""
+    """stop: a stop token or string, or the grammar's end; length: max_gen_len or the end of the window; cancelled: by
+    the caller; error: it could not go on, see `error`."""
     prompt_tokens: int
     """Positions of the prompt, pictures included."""
     dropped: int = 0
     """Positions of the prompt that truncation left out."""
+    cached: int = field(default=0, compare=False)
+    """Positions of the prompt that were taken from an earlier request's cache."""
+    odds: list[Odds] = field(default_factory=list)
+    """One for each of `ids` where `logprobs` was asked for, else none."""
+    error: str = ""
+    """Why it could not go on, where `finish` is "error"."""
 
 
 @dataclass(eq=False)
@@ -66,6 +110,8 @@ class Answer:
     parts: list[str] = field(default_factory=list)
     """The text so far, piece by piece."""
     ids: list[int] = field(default_factory=list)
+    odds: list[Odds] = field(default_factory=list)
+    """One for each of `ids` where `logprobs` was asked for, else none."""
     result: Result | None = None
 
 
@@ -78,3 +124,5 @@ class Event:
     text: str
     """What the token adds to the text; often a word, perhaps nothing yet."""
     result: Result | None = None
+    odds: Odds | None = None
+    """The token's, where `logprobs` was asked for."""

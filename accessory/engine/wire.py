@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from accessory.engine.worker import Forget, Forward, Op, See
+from accessory.engine.worker import Copy, Forget, Forward, Op, See
 
-_CLOSE, _FORWARD, _SEE, _FORGET = range(4)
+_CLOSE, _FORWARD, _SEE, _FORGET, _COPY = range(5)
 _HEAD = 8  # kind, then its numbers
 _PER_ROW = 4  # id, position, last and row of one decoding request
 
@@ -38,6 +38,8 @@ class Wire:
             for tensor in (op.pixels, op.order):
                 if tensor is not None:
                     self._cast(tensor.contiguous())
+        elif isinstance(op, Copy):
+            self._cast(self._message([_COPY, op.source, op.target, op.length]))
         else:
             self._cast(self._message([_FORGET, op.row]))
 
@@ -53,6 +55,8 @@ class Wire:
             row, *shape, rows = numbers[:6]
             pixels = self._cast(torch.empty(shape)) if shape[0] else None
             return See(row, pixels, self._cast(torch.empty(rows, dtype=torch.int64)) if rows >= 0 else None)
+        if kind == _COPY:
+            return Copy(*numbers[:3])
         assert kind == _FORGET, f"ranks are out of step: got a message of kind {kind}"
         return Forget(numbers[0])
 
@@ -61,13 +65,21 @@ class Wire:
         tensors = [op.ids, op.positions, op.last, op.rows, op.slots]
         body = torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
         fits = len(body) <= self._size - _HEAD
-        numbers = [_FORWARD, batch, length, op.extent, op.rows is not None, op.slots is not None, op.whole]
+        numbers = [
+            _FORWARD,
+            batch,
+            length,
+            op.extent,
+            op.rows is not None,
+            op.slots is not None,
+            op.whole + 2 * op.apart,
+        ]
         self._cast(self._message(numbers, body if fits else None))
         if not fits:
             self._cast(body)
 
     def _receive_forward(self, numbers: list[int], body: Tensor) -> Forward:
-        batch, length, extent, has_rows, has_slots, whole = numbers[:6]
+        batch, length, extent, has_rows, has_slots, flags = numbers[:6]
         square = (batch, length)
         shapes = [square, square, (batch,), (batch,) if has_rows else None, square if has_slots else None]
         total = sum(math.prod(shape) for shape in shapes if shape is not None)
@@ -75,7 +87,7 @@ class Wire:
             body = self._cast(torch.empty(total, dtype=torch.int64))
         ids, positions, last, rows, slots = _split(body, shapes)
         assert ids is not None and positions is not None and last is not None, f"a forward without tokens: {numbers}"
-        return Forward(ids, positions, last, extent, rows, slots, whole=bool(whole))
+        return Forward(ids, positions, last, extent, rows, slots, whole=bool(flags & 1), apart=bool(flags & 2))
 
     def _message(self, numbers: list[int], body: Tensor | None = None) -> Tensor:
         """Numbers, and the body where it fits, in the one size that receivers wait for."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from accessory.engine.compiled import CompiledStep
 from accessory.model import Llama
 
 
@@ -31,6 +32,8 @@ class Forward:
     """[B, T]: -1, or a row of the features of that cache row's pictures; None: no picture in this piece."""
     whole: bool = False
     """Whether the logits of all positions are wanted; the pictures then stay until `Forget`."""
+    apart: bool = False
+    """Whether no row's result may depend on the others: each attends by itself, and the head has all rows."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,28 @@ class Forget:
     row: int
 
 
-Op = Forward | See | Forget
+@dataclass(frozen=True)
+class Copy:
+    """Give a row the first positions of another one, and the adapter's prompt with them."""
+
+    source: int
+    target: int
+    length: int
+
+
+Op = Forward | See | Forget | Copy
 
 
 class Worker:
     """One rank's model and cache; the same ops in the same order keep all ranks in step."""
 
-    def __init__(self, model: Llama, *, rows: int, window: int) -> None:
+    def __init__(self, model: Llama, *, rows: int, window: int, compiled: bool = False) -> None:
+        """compiled: compile the step of answers now; then every Forward of one token has all rows."""
         self.model = model
         self.cache = model.new_cache(rows=rows, size=window)
+        self.step = CompiledStep(model, self.cache) if compiled else None
+        if self.step is not None:
+            self.step.warm()
         self._device = model.norm.weight.device
         self._features: dict[int, Tensor] = {}  # by row, until its prompt is fed
 
@@ -70,6 +86,8 @@ class Worker:
             return self._forward(op)
         if isinstance(op, See):
             self._see(op)
+        elif isinstance(op, Copy):
+            self.cache.copy(op.source, op.target, op.length)
         else:
             self._features.pop(op.row, None)
             self.cache.clear(op.row)
@@ -87,9 +105,12 @@ class Worker:
             self.model.prompt.store(self.model, self.cache, row, seen)
 
     def _forward(self, op: Forward) -> Tensor | None:
+        if self.step is not None and op.ids.shape == (self.cache.rows, 1) and op.rows is None and not op.whole:
+            return self.step(op.ids, op.positions, op.extent)[(op.last >= 0).nonzero()[:, 0].to(self._device)]
         device, rows = self._device, None if op.rows is None else op.rows.to(self._device)
         features, slots = (None, None) if op.slots is None else self._gather(op, op.slots)
         self.cache.extent = op.extent
+        self.cache.reads = [int(row.max()) + 1 for row in op.positions] if op.apart and len(op.ids) > 1 else None
         hidden = self.model(
             op.ids.to(device),
             op.positions.to(device),
@@ -106,6 +127,8 @@ class Worker:
             return self.model.output(hidden[op.positions.to(device) >= 0])
         if not len(wanted):
             return None
+        if op.apart and op.ids.shape[1] == 1:
+            return self.model.output(hidden[:, 0])[wanted.to(device)]
         return self.model.output(hidden[wanted.to(device), op.last[wanted].to(device)])
 
     def _gather(self, op: Forward, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,10 +72,21 @@ class Attention(nn.Module):
         else:
             keys, values = step.cache.write(self.layer, step.place, k, v)
         mask, starts = (step.near, step.near_starts) if self.slides else (step.mask, step.starts)
-        y = attend(q, keys, values, mask=mask, starts=starts)
+        reads = None if step.place is None else step.place.reads
+        y = attend(q, keys, values, mask=mask, starts=starts) if reads is None else apart(q, keys, values, mask, reads)
         if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
             y = y + extra
         return self.wo(y)
+
+
+def apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reads: list[int]) -> Tensor:
+    """`attend`, row by row: none's result depends on how many there are, nor on how far the others read."""
+    assert mask is not None, "rows that are read apart have a mask"
+    parts = []
+    for row, read in enumerate(reads):
+        at = slice(row, row + 1)
+        parts.append(attend(q[at], k[at, :, :read], v[at, :, :read], mask=mask[at, ..., :read]))
+    return torch.cat(parts)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, starts: list[int] | None = None) -> Tensor:

@@ -25,6 +25,8 @@ class Place:
     """Which keys each query may see, bool [B, 1, T, read]; None: the tokens are all there is, causal by index."""
     read: int
     """Slots that are read."""
+    reads: list[int] | None = None
+    """Of each row by itself, where no row may share a product with others."""
 
 
 class Cache:
@@ -32,7 +34,8 @@ class Cache:
 
     A row is a request. Masks come from positions: a query at position p sees keys 0..p of its row, so a row is reused
     without clearing. `extent` (host side, so that nothing waits for the device) bounds what is read: set it to at
-    least the highest position + 1 before a forward.
+    least the highest position + 1 before a forward; `reads` says the same of each row, where rows must not share
+    products.
     `prompts` holds a zero-init adapter's keys and values, [rows, kv_heads, prompt length, head_dim] per layer.
     """
 
@@ -52,6 +55,7 @@ class Cache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows, self.size, self.extent = rows, size, size
+        self.reads: list[int] | None = None
         self._slots = torch.arange(size, device=device)
 
     @property
@@ -64,6 +68,14 @@ class Cache:
         for tensor in (*self.keys, *self.values):
             tensor[row].zero_()
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give row `target` the first `length` positions of row `source`, and its adapter's prompt."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+        for pair in self.prompts.values():
+            for tensor in pair:
+                tensor[target] = tensor[source]
+
     def place(self, rows: Tensor | None, positions: Tensor) -> Place:
         """The slots of tokens at positions [B, T] of rows [B] (None: 0..B-1), and what they may see; padding: key 0."""
         batch, length = positions.shape
@@ -72,9 +84,14 @@ class Cache:
         where = (index.to(positions.device)[:, None], slice(None), positions)
         if self.extent == length and _starts_over(positions):
             return Place(rows, where, None, length)
-        read = min(-(-self.extent // STEP) * STEP, self.size)
+        read = self._rounded(self.extent)
+        reads = None if self.reads is None else [self._rounded(extent) for extent in self.reads]
         seen = self._slots[:read] <= positions.clamp(min=0).unsqueeze(-1)
-        return Place(rows, where, seen.unsqueeze(1), read)
+        return Place(rows, where, seen.unsqueeze(1), read, reads)
+
+    def _rounded(self, extent: int) -> int:
+        """Slots that are read for so many positions."""
+        return min(-(-max(extent, 1) // STEP) * STEP, self.size)
 
     def write(self, layer: int, place: Place, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, T, kv_heads, D] of one layer; return all that may be seen, [B, kv_heads, read, D] each.

@@ -1,7 +1,8 @@
-"""Logits to the next id: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""Logits to the next id: greedy, temperature, top-k, top-p, min-p, penalties.
 
-Must not know text or models. A request's randomness comes from (seed, position), never from a shared generator, so a
-result does not depend on who else is in the batch, and every rank that asks would draw the same.
+Must not know text or models. A request's randomness comes from (seed, position), never from a shared generator, and
+every sum runs along one row in an order of its own, so a result does not depend, bit by bit, on who else is in the
+batch. Rows are sorted only as deep as a filter looks, and not at all where there is none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_BLOCK = 256  # tokens whose probabilities are summed before the draw decides among them
+_DEPTHS = (128, 2048)  # how many of the likeliest tokens are sorted before all are
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Sampling:
     """Drop tokens below this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """Above 1: logits of ids already seen are divided by this, or multiplied where negative (arXiv 1909.05858)."""
+    frequency_penalty: float = 0.0
+    """A token's logit loses this for each time that the answer has it already; -2 to 2."""
+    presence_penalty: float = 0.0
+    """A token's logit loses this once where the answer has it already; -2 to 2."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,32 +46,30 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all) or a positive count"),
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0; 1 is none"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number in [-2, 2]"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number in [-2, 2]"),
         )
         for name, fine, expected in checks:
             if not fine:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
 
 
-def sample(
-    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], *, seen: Sequence[Tensor | None] = ()
-) -> Tensor:
+def sample(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     """Choose one id per row: logits [B, V] fp32 -> ids [B] int64 on the same device.
 
-    positions: the position that each chosen token will take. seen: per row the ids so far [n] int64, needed (and
-    read) only where a repetition penalty is set.
+    positions: the position that each chosen token will take. -inf forbids a token; each row has at least one that it
+    does not forbid, and neither NaN nor +inf. Of equal logits the lowest id is the likelier. Penalties are not applied
+    here: see `penalised` and `lowered`.
     """
     assert len(params) == len(positions) == len(logits), (len(params), len(positions), len(logits))
-    if any(p.repetition_penalty != 1.0 for p in params):
-        logits = logits.clone()
-        for row, (p, ids) in enumerate(zip(params, seen, strict=True)):
-            if p.repetition_penalty != 1.0 and ids is not None:
-                logits[row, ids] = _penalised(logits[row, ids], p.repetition_penalty)
-    chosen = logits.argmax(-1)
     drawing = [row for row, p in enumerate(params) if p.temperature > 0]
+    some = [params[row] for row in drawing]
+    uniforms = [uniform(p.seed, positions[row]) for row, p in zip(drawing, some, strict=True)]
+    if drawing and len(drawing) == len(params):
+        return _draw(logits, some, uniforms)
+    chosen = logits.argmax(-1)
     if drawing:
         rows = torch.tensor(drawing, device=logits.device)
-        some = [params[row] for row in drawing]
-        uniforms = [uniform(p.seed, positions[row]) for row, p in zip(drawing, some, strict=True)]
         chosen[rows] = _draw(logits[rows], some, uniforms)
     return chosen
 
@@ -75,32 +80,116 @@ def uniform(seed: int, position: int) -> float:
     return (mixed >> 11) * 2.0**-53
 
 
-def _draw(logits: Tensor, params: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """Inverse-transform sampling from the filtered distribution, most likely token first."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    ordered, ids = logits.double().sort(dim=-1, descending=True, stable=True)
-    temperature = column([max(p.temperature, 1e-6) for p in params])
-    probs = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
-    before = probs.cumsum(-1) - probs
-    rank = torch.arange(probs.shape[1], device=logits.device)
-    keep = before < column([p.top_p for p in params])
-    keep &= rank < column([p.top_k or probs.shape[1] for p in params])
-    keep &= probs >= column([p.min_p for p in params]) * probs[:, :1]
-    keep[:, 0] = True
-    edges = (probs * keep).cumsum(-1)
-    target = column(list(uniforms)) * edges[:, -1:]
-    at = torch.searchsorted(edges, target, right=True).clamp(max=probs.shape[1] - 1)
-    # rounding may land on a dropped token past the last kept one: step back to it
-    last = (keep * (rank + 1)).amax(-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(at, last))[:, 0]
-
-
-def _penalised(logits: Tensor, penalty: float) -> Tensor:
-    """Push seen ids down, whatever the sign of their logits."""
+def penalised(logits: Tensor, penalty: float) -> Tensor:
+    """The repetition penalty: logits of seen ids pushed down, whatever their sign (arXiv 1909.05858)."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def lowered(count: int, params: Sampling) -> float:
+    """What the frequency and presence penalties add to the logit of a token that an answer has `count` times:
+    -count * frequency - (count > 0) * presence, as OpenAI defines them."""
+    return -(count * params.frequency_penalty + (count > 0) * params.presence_penalty)
+
+
+def leading(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row [B, V]: (logits [B, W], ids [B, W]), likeliest first, the lowest id of equals.
+
+    W is at least min(count, V): each row holds its `count` likeliest and a few that the search turned up beside them,
+    all there are down to the last one's logit. -inf fills places that are left over.
+    """
+    rows, vocabulary = logits.shape
+    wide = vocabulary // (2 * count)
+    if wide < 2:
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        return ordered, ids
+    # The maxima of blocks: at least `count` tokens reach the one of rank `count`, and little else does.
+    whole = vocabulary - vocabulary % wide
+    maxima = logits[:, :whole].reshape(rows, -1, wide).amax(-1)
+    least = maxima.topk(count).values[:, -1:].clamp(min=torch.finfo(logits.dtype).min)
+    reached = logits >= least
+    row, token = reached.nonzero(as_tuple=True)
+    found = reached.sum(-1)
+    place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
+    width = max(count, int(found.max()))
+    ordered = logits.new_full((rows, width), -torch.inf)
+    ids = torch.zeros((rows, width), dtype=torch.int64, device=logits.device)
+    ordered[row, place], ids[row, place] = logits[row, token], token
+    ordered, order = ordered.sort(dim=-1, descending=True, stable=True)
+    return ordered, ids.gather(1, order)
+
+
+def _draw(logits: Tensor, params: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
+    """Inverse-transform sampling from the filtered distribution: logits [B, V] -> ids [B]."""
+    temperature = _column([min(max(p.temperature, 1e-6), 1e30) for p in params], logits).to(logits.dtype)
+    probs = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
+    draw = _column(uniforms, logits)
+    filtered = [row for row, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < logits.shape[1]]
+    chosen = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
+    if len(filtered) < len(params):
+        chosen = _inverse(_above(probs, [p.min_p for p in params]), draw)
+    for depth in (*_DEPTHS, logits.shape[1]):
+        if not filtered:
+            break
+        rows = torch.tensor(filtered, device=logits.device)
+        every = len(filtered) == len(params)
+        part = (logits, probs, draw) if every else (logits[rows], probs[rows], draw[rows])
+        ids, enough = _filtered(*part, [params[row] for row in filtered], depth=depth)
+        chosen[rows] = ids  # of a row that goes deeper: written again
+        filtered = [row for row, done in zip(filtered, enough.tolist(), strict=True) if not done]
+    return chosen
+
+
+def _filtered(
+    logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling], *, depth: int
+) -> tuple[Tensor, Tensor]:
+    """A draw [B] among what the filters keep, and whether `depth` tokens were enough to know what that is [B]."""
+    vocabulary = logits.shape[1]
+    ordered, ids = leading(logits, min(depth, vocabulary))
+    likely = probs.gather(1, ids).double().masked_fill_(ordered == -torch.inf, 0)
+    rank = torch.arange(ids.shape[1], device=ids.device)
+    keep = likely.cumsum(-1) - likely < _column([p.top_p for p in params], logits)
+    keep &= rank < _column([p.top_k or vocabulary for p in params], logits)
+    keep &= likely >= _column([p.min_p for p in params], logits) * likely[:, :1]
+    there = ordered > -torch.inf
+    keep &= there
+    keep[:, 0] = True
+    edges = (likely * keep).cumsum(-1)
+    found = there.sum(-1)
+    enough = (keep.sum(-1) < found) | (found < depth) | (depth >= vocabulary)
+    return ids.gather(1, _search(edges, draw * edges[:, -1:]))[:, 0], enough
+
+
+def _above(probs: Tensor, shares: Sequence[float]) -> Tensor:
+    """Probabilities [B, V] without those below a share of the row's highest."""
+    if not any(shares):
+        return probs
+    return probs.masked_fill(probs < _column(shares, probs).to(probs.dtype) * probs.amax(-1, keepdim=True), 0)
+
+
+def _inverse(probs: Tensor, draw: Tensor) -> Tensor:
+    """The ids [B] at which the running sum of probs [B, V] passes draw [B, 1] of the whole, block by block."""
+    rows, vocabulary = probs.shape
+    if short := -vocabulary % _BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, short))
+    blocks = probs.reshape(rows, -1, _BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    edges = sums.cumsum(-1)
+    target = draw * edges[:, -1:]
+    block = _search(edges, target)
+    before = (edges - sums).gather(1, block)
+    inner = blocks[torch.arange(rows, device=probs.device), block[:, 0]].double().cumsum(-1)
+    return (block * _BLOCK + _search(inner, (target - before).clamp(min=0)))[:, 0]
+
+
+def _search(edges: Tensor, target: Tensor) -> Tensor:
+    """The first place [B, 1] whose edge lies beyond the target; rounding never leads past the last that adds to it."""
+    last = torch.searchsorted(edges, edges[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(edges, target.contiguous(), right=True), last)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers [B, 1] fp64 beside a tensor."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
 def _splitmix(x: int) -> int:

@@ -57,11 +57,14 @@ def check_words(model: ModelWords, generation: GenerationWords | None = None) ->
         raise ValueError("stop_words: got an empty string, expected strings of at least one character; drop it")
 
 
-def start_ranks(words: ModelWords, *, argv: Sequence[str] | None = None) -> Ranks:
-    """Start or join the ranks of this host, and set up logging. argv: what followers run; none: this command."""
+def start_ranks(words: ModelWords, *, argv: Sequence[str] | None = None, timeout: float = 600.0) -> Ranks:
+    """Start or join the ranks of this host, and set up logging.
+
+    argv: what followers run; none: this command. timeout: seconds that a collective may take.
+    """
     dist.launch(ranks_here(words), argv=argv)
     dist.setup_logging(read_place(os.environ).rank)  # before `init`, which may wait for other ranks and says so
-    return dist.init(tp=words.tensor_parallel_size, device=words.device)
+    return dist.init(tp=words.tensor_parallel_size, device=words.device, timeout=timeout)
 
 
 def ranks_here(words: ModelWords) -> int:
@@ -120,8 +123,10 @@ def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
     )
 
 
-def open_engine(words: ModelWords, bundle: Bundle, ranks: Ranks, *, rows: int, orientation: Orientation) -> Engine:
-    """This rank's engine. orientation: of photographs, where the words leave it open."""
+def open_engine(
+    words: ModelWords, bundle: Bundle, ranks: Ranks, *, rows: int, orientation: Orientation, **how: Any
+) -> Engine:
+    """This rank's engine. orientation: of photographs, where the words leave it open. how: as `Engine` takes it."""
     from accessory.engine import Engine
 
     longest = bundle.config.max_seq_len
@@ -129,9 +134,9 @@ def open_engine(words: ModelWords, bundle: Bundle, ranks: Ranks, *, rows: int, o
         bundle,
         ranks,
         rows=rows,
-        window=longest if words.max_seq_len else min(longest, WINDOW),
         image_transform=words.image_transform,
         orientation=words.orientation or orientation,
+        **{"window": longest if words.max_seq_len else min(longest, WINDOW), **how},
     )
 
 

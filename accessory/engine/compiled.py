@@ -1,0 +1,73 @@
+"""The step of answers, compiled: static shapes, every row each time, a few lengths of what is read of the cache.
+
+Must not know requests or scheduling. On CUDA the compiled step is replayed as a graph, which spares its many launches.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from accessory.model import Cache, Llama
+
+log = logging.getLogger(__name__)
+
+FIRST = 256  # positions of the shortest step; each further one reads twice as many, up to the cache's size
+
+
+class CompiledStep:
+    """One token of every row of the cache, through what torch compiled for the least length that suffices."""
+
+    def __init__(self, model: Llama, cache: Cache) -> None:
+        self._model, self._cache = model, cache
+        self._device = model.norm.weight.device
+        self.lengths = lengths(cache.size)
+        for tensor in (*cache.keys, *cache.values):
+            torch._dynamo.mark_static_address(tensor)
+        mode = "reduce-overhead" if self._device.type == "cuda" else None
+        self._run: Callable[[Tensor, Tensor], Tensor] = torch.compile(
+            self._step, dynamic=False, fullgraph=True, mode=mode
+        )
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Compile all lengths now, and say so: it takes from seconds to minutes."""
+        began = time.monotonic()
+        log.info("compiling the step of %d answers for %s positions ...", self._cache.rows, _listed(self.lengths))
+        idle = torch.zeros(self._cache.rows, 1, dtype=torch.int64)
+        for length in self.lengths:
+            for _ in range(3 if self._device.type == "cuda" else 1):  # a graph is recorded on the second call
+                self(idle, idle - 1, length)
+        log.info("compiled in %.0f s", time.monotonic() - began)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor, extent: int) -> Tensor:
+        """ids, positions [rows, 1] int64 on the CPU (-1: nobody speaks) -> logits [rows, vocabulary] fp32.
+
+        They are valid until the next call.
+        """
+        self._cache.extent = next(length for length in self.lengths if length >= extent)
+        self._cache.reads = None
+        return self._run(ids.to(self._device), positions.to(self._device))
+
+    def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self._model.output(self._model(ids, positions, cache=self._cache)[:, 0])
+
+
+def lengths(size: int) -> list[int]:
+    """FIRST, twice it, ... and the size itself."""
+    found, length = [], FIRST
+    while length < size:
+        found.append(length)
+        length *= 2
+    return [*found, size]
+
+
+def _listed(numbers: list[int]) -> str:
+    """1, 2 and 3."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
