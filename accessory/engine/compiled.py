@@ -33,7 +33,6 @@ class CompiledStep:
             self._step, dynamic=False, fullgraph=True, mode=mode
         )
 
-    @torch.inference_mode()
     def warm(self) -> None:
         """Compile all lengths now, and say so: it takes from seconds to minutes."""
         began = time.monotonic()

@@ -349,6 +349,8 @@ class Engine:
         running.choice.push(token)
         text = prompt.text.push(token)
         finish: Finish | None = "stop" if prompt.text.stopped else None
+        if finish is None and running.choice.done:
+            finish, text = "stop", text + prompt.text.finish(complete=True)
         if finish is None and len(answer.ids) == prompt.limit:
             finish = "length"
             text += prompt.text.finish(complete=False)

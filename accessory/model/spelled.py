@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries whose scores are held at once
+FEW = 32  # queries of a head, up to which bf16 scores are cheaper as k q^T: 0.2 in place of 1.5 ms (16 x 12 heads, 256 keys)
 
 
 def spelled_out(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, starts: list[int] | None = None) -> Tensor:
@@ -79,6 +80,14 @@ def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, starts: list[int] | None)
         yield slice(start, stop), slice(0 if starts is None else starts[number], stop if causal else total)
 
 
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T of q [B, G, n, D] and k [B, G, S, D]: a CPU's library copies all keys to multiply them by few bf16 queries."""
+    if q.dtype != torch.bfloat16 or q.shape[2] > FEW or torch.compiler.is_compiling():
+        return q @ k.transpose(-1, -2)
+    scores = torch.bmm(k.flatten(0, 1), q.flatten(0, 1).transpose(1, 2))
+    return scores.transpose(1, 2).reshape(*q.shape[:3], k.shape[2])
+
+
 def _fold(x: Tensor, at: tuple[slice, slice], k: Tensor, *, scale: float | None = None) -> Tensor:
     """A block of x [B, T, H, D], scaled, with the heads that share a key folded into its rows: [B, G, H / G * T, D]."""
     block = x[:, at[0]]
@@ -98,7 +107,7 @@ def _forward(
     """(softmax(scores) v, softmax(scores)) of one block."""
     queries, keys = at
     length = queries.stop - queries.start
-    scores = folded @ k[:, :, keys].transpose(-1, -2)
+    scores = _products(folded, k[:, :, keys])
     by_head = scores.unflatten(2, (-1, length))  # (B, G, H / G, T, S)
     lowest = torch.finfo(scores.dtype).min
     if mask is not None:
