@@ -274,6 +274,7 @@ def without(part: str) -> Callable[[Tensors], Tensors]:
             "lora_modules: got layers.7.* which this model does not have",
         ),
         ({"tensors": lambda held: {n: t[:32] if "lora_B" in n else t for n, t in held.items()}}, "misshaped"),
+        ({"tensors": lambda held: {"base_model.model.model.norm.weight": torch.ones(64)}}, "bad: holds no LoRA"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(

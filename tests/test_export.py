@@ -82,6 +82,21 @@ def test_a_16_bit_export_is_as_near_as_its_dtype_allows(tuned: Any, tmp_path: Pa
     assert 1e-3 < (hf.theirs(opened(tmp_path / "out")) - expected).abs().max() < 0.5
 
 
+def test_in_16_bits_merged_is_as_near_to_the_adapter_as_that_is_to_32_bits(tuned: Any, tmp_path: Path) -> None:
+    base, adapter, _ = tuned
+    assert export(words(base, adapter, tmp_path / "out", export_dtype="bf16")) == 0
+    beside = logits([base, adapter], torch.bfloat16)
+    own = (beside - logits([base, adapter], torch.float32)).abs().max()
+    assert 0 < (logits([tmp_path / "out"], torch.bfloat16) - beside).abs().max() <= 2 * own
+
+
+def logits(paths: list[Path], dtype: torch.dtype) -> torch.Tensor:
+    """Of a few ids, computed in this dtype."""
+    bundle = open_model(paths, ranks=ONE, dtype=dtype)
+    with torch.no_grad():
+        return bundle.model.output(bundle.model(hf.IDS, hf.positions_of(hf.IDS)))
+
+
 def test_a_folder_that_answers_otherwise_is_renamed_and_an_error(
     tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

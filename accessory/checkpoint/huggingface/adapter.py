@@ -202,6 +202,11 @@ class _Opened:
         self.factors: dict[str, list[Factor]] = {}
         self.names: dict[tuple[str, int], str] = {}
         """(linear, part of it) -> its name in the adapter."""
+        if not sides and self.words.targets:
+            raise ValueError(
+                f"{folder.path}: holds no LoRA, which target_modules of adapter_config.json speak of; copy the files of one"
+                " adapter together, or open trained norms and biases without adapter_config.json"
+            )
         for (module, kind), held in sides.items():
             self._add(module, held, flipped=bool(kind))
         heads = {"head_width": head_dim} if head_dim else {}
