@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import random
 import re
 from collections import OrderedDict
 from collections.abc import Collection
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_TEXT, MOST_DEPTH, MOST_CHOICES = 1 << 16, 64, 1024
-_KEPT = 32
-_SPACE = r"[ \n\t]{1,64}"  # a model that is unsure would go on with blanks for ever
+MOST_TEXT, MOST_DEPTH, MOST_CHOICES, MOST_MULTIPLE = 1 << 16, 64, 1024, 10_000
+_KEPT, _TRIED = 32, 16
+_SPACE = r" |\n[ \t]{0,32}"  # a model that is unsure would go on with blanks for ever
 _LIMITS = {
     "initial_lexer_fuel": 2_000_000,
     "step_lexer_fuel": 200_000,
@@ -53,9 +55,9 @@ class Grammars:
     ) -> Matcher:
         """A matcher for one answer.
 
-        lead: what the answer's ids say before its text begins, such as the template's space. opening: the answer begins
-        a text (see `Tokenizer.decode`). stop_ids: ids that end the answer. Raises ValueError for a grammar that is none,
-        that is not supported or too large, and where llguidance is missing.
+        lead: what the answer's ids say before its text begins, such as the template's space. opening: the answer
+        begins a text (see `Tokenizer.decode`). stop_ids: ids that end the answer. Raises ValueError for a grammar that
+        is none, is not supported or too large, and where llguidance is missing.
         """
         pieces = self._read()
         with self._keeping:
@@ -72,7 +74,7 @@ class Grammars:
             own = made.deep_copy()
         matcher = Matcher(own, pieces, grammar.kind, opening=opening, stop_ids=stop_ids)
         if matcher.done or not matcher.possible:
-            raise ValueError(f"{grammar.kind}: got a grammar of no text but the empty one, expected one that says more")
+            raise ValueError(f"{grammar.kind}: got one that no token can begin, expected one that says something")
         return matcher
 
     def _read(self) -> _Pieces:
@@ -148,6 +150,7 @@ class Matcher:
                 self._seen = np.zeros(size, dtype=bool), False
                 return self._seen
             bits = np.unpackbits(np.frombuffer(told, dtype=np.uint8), bitorder="little").view(bool)
+            bits[_NOTHING] = False
             allowed = bits[self._pieces.first if self._first else self._pieces.later]
             if self._first and not self._begun:
                 allowed |= self._pieces.blank
@@ -173,8 +176,6 @@ class _Pieces:
         numbers: dict[bytes, int] = {b"": _NOTHING}
         mute = source.controls | source.unsaid
         tables = np.full((2, source.size), _NOTHING, dtype=np.int64)
-        self.blank = np.zeros(source.size, dtype=bool)
-        """Ids whose space is taken away where they begin a text, so that nothing is left."""
         for token in range(source.size):
             if token not in mute:
                 for place, first in enumerate((False, True)):
@@ -183,6 +184,7 @@ class _Pieces:
                         tables[place, token] = numbers.setdefault(piece, len(numbers))
         self.later, self.first = tables
         self.blank = (self.first == _NOTHING) & (self.later != _NOTHING)
+        """Ids whose space is taken away where they begin a text, so that nothing is left."""
         self.end = len(numbers)
         self.tokenizer: LLTokenizer = LLTokenizer(
             _Wrapper([*numbers, b""], self.end), n_vocab=len(numbers) + 1, eos_token=self.end
@@ -207,20 +209,27 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar, lead: str) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     if len(grammar.text.encode(errors="replace")) > MOST_TEXT:
-        raise ValueError(
-            f"{grammar.kind}: got a text of {len(grammar.text)} characters, expected at most {MOST_TEXT} bytes; shorten it"
-        )
+        raise ValueError(f"{grammar.kind}: got more than {MOST_TEXT} bytes of text, expected fewer; shorten it")
     made = LLMatcher(tokenizer, _source(grammar, lead), log_level=0, limits=LLParserLimits(**_LIMITS))
-    if not made.is_error():
-        made.compute_bitmask()
-    if made.is_error():
-        raise ValueError(
-            f"{grammar.kind}: got one that cannot be enforced ({_reason(made.get_error())}); change or simplify it"
-        )
+    if error := _try(made):
+        raise ValueError(f"{grammar.kind}: got one that cannot be enforced ({error}); change or simplify it")
     for warning in made.get_grammar_warnings():
         log.warning("%s: %s", grammar.kind, warning)
-    made.reset()
     return made
+
+
+def _try(made: LLMatcher) -> str:
+    """Why a grammar is of no use, or one whose first tokens overrun a limit, before any answer depends on it."""
+    probe, dice = made.deep_copy(), random.Random(0)
+    for _ in range(_TRIED):
+        bits = np.frombuffer(b"" if probe.is_error() else probe.compute_bitmask(), dtype=np.uint8)
+        if probe.is_error():
+            return _reason(probe.get_error())
+        pieces = np.unpackbits(bits, bitorder="little").nonzero()[0]
+        if probe.is_stopped() or not len(pieces):
+            return ""
+        probe.consume_token(int(dice.choice(pieces)))
+    return ""
 
 
 def _source(grammar: Grammar, lead: str) -> str:
@@ -228,6 +237,7 @@ def _source(grammar: Grammar, lead: str) -> str:
 
     Forcing is off, as the library would else allow one spelling of a text alone, and it does not know our tokenizers'.
     """
+    _count(grammar.text)
     start = f'%llguidance {{"no_forcing": true}}\nstart: {_string(lead) if lead else ""} '
     if grammar.kind == "lark":
         inner = {"name": "answer", "lark_grammar": grammar.text}
@@ -244,9 +254,7 @@ def _rule(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         from llguidance import regex_to_lark
 
-        if "\n" in grammar.text:
-            raise ValueError("regex: got a line break in the pattern, expected one line; write it as \\n")
-        return f"answer: ANSWER\nANSWER: /{regex_to_lark(grammar.text)}/"
+        return "answer: ANSWER\nANSWER: /" + regex_to_lark(grammar.text).replace("\n", "\\n") + "/"
     if grammar.kind == "choice":
         return "answer: ANSWER\nANSWER: " + " | ".join(_string(text) for text in _choices(grammar.text))
     raise ValueError(
@@ -283,6 +291,20 @@ def _guided(told: Any) -> dict[str, Any]:
     return {"x-guidance": {"lenient": False, "whitespace_pattern": _SPACE}}
 
 
+def _count(text: str) -> None:
+    """ValueError for numbers to be multiples of so much that it takes gigabytes to count up to it."""
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    common = 1
+    for told in re.findall(r'"multipleOf"\s*:\s*([-+.\deE]+)', plain):
+        digits = re.sub(r"[eE].*|\D", "", told).strip("0")
+        common = math.lcm(common, int(digits or 1))
+        if common > MOST_MULTIPLE or re.search("[eE]", told):
+            raise ValueError(
+                f"multipleOf: got {told}, expected plain numbers of few digits, in all at most {MOST_MULTIPLE} without"
+                " their points; check the answer instead"
+            )
+
+
 def _choices(text: str) -> list[str]:
     """The texts of a choice."""
     found = _json("choice", text)
@@ -308,6 +330,8 @@ def _json(kind: str, text: str) -> Any:
 
 def _reason(error: str) -> str:
     """The library's complaint on one line, without the excerpt of a source that the user did not write."""
-    error = re.split(r"\n\s*\d+ \|", error)[0]
+    error = re.split(r"\n\s*\d+ \|", error)[0].replace("<non-verbose/>", "")
+    if "NoExtension" in error:
+        return "no token of the model fits"
     error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", error)
     return " ".join(error.split())[:300].rstrip(".") or "no reason given"

@@ -111,7 +111,14 @@ class Prompter:
             keys=keys_of(encoded.ids, encoded.slots, digests, counts),
             limit=min(request.max_gen_len, self.window - len(encoded.ids)),
             stop_ids=ends,
-            text=AnswerText(self.tokenizer, stops=stops, opening=opening, lead=lead, tail=tail),
+            text=AnswerText(
+                self.tokenizer,
+                stops=stops,
+                opening=opening,
+                lead=lead,
+                tail=tail,
+                shown=_marks(form, request, self.tokenizer),
+            ),
             dropped=dropped,
             grammar=grammar,
         )
@@ -190,13 +197,15 @@ class Prompter:
                 raise WindowError(str(error)) from error
             if length > room:
                 log.warning("the prompt of %d tokens lost its oldest %d to fit", length, length - room)
+        elif own < self.window and length > own:
+            raise WindowError(
+                f"prompt: got {length} tokens, expected at most {own}; shorten it, or raise max_length or cutoff_len"
+            )
         elif length >= self.window:
             raise WindowError(
                 f"prompt: got {length} tokens, expected at most {self.window - 1} in a window of {self.window}; "
                 "shorten it, let it be truncated or raise max_seq_len"
             )
-        elif length > own:
-            raise WindowError(f"prompt: got {length} tokens, expected at most {own}; shorten it or raise max_length")
         return encoded, length - len(encoded.ids)
 
     def _pixels(self, pictures: Sequence[PictureSource], sizes: Sequence[Size]) -> tuple[Tensor | None, list[int]]:
@@ -242,6 +251,15 @@ def _around(form: Template) -> tuple[str, str]:
         else:
             tail += item
     return lead, tail
+
+
+def _marks(form: Template, request: Request, tokenizer: Tokenizer) -> dict[int, str]:
+    """The control tokens that are a part of the answer's text: where there are tools, those that calls are told by."""
+    turns = () if isinstance(request.turns, str) else request.turns
+    if form.tools is None or not any(turn.role in ("tools", "function") for turn in turns):
+        return {}
+    known = {tokenizer.control(name): name for name in form.tools.controls if tokenizer.has(name)}
+    return {token: name for token, name in known.items() if not tokenizer.piece_bytes(token)}
 
 
 def _stop_ids(form: Template, tokenizer: Tokenizer) -> frozenset[int]:

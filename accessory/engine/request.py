@@ -35,13 +35,12 @@ class Grammar:
 class Odds:
     """How likely the model found a token that was chosen, and which ones it found likeliest.
 
-    All are natural logarithms of the model's own distribution over all tokens that may be said at all: before
-    temperature, penalties, bias and grammar.
+    All are natural logarithms of the model's own distribution over the whole vocabulary: before temperature, penalties,
+    bias and grammar, and the same that `Engine.score` adds up.
     """
 
     token: int
     logprob: float
-    """-inf where it was likelier than nothing only by a bias."""
     top: tuple[tuple[int, float], ...]
     """The likeliest tokens, likeliest first (the lowest id of equals), as many as were asked for."""
 
@@ -72,7 +71,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to logits by token id, -100 to 100; -100 all but forbids a token."""
     grammar: Grammar | None = None
-    """What the answer must be of; its end is then the grammar's, and `stops` are ordinary text until it ends."""
+    """What the answer must be of; it ends where its text does, or at one of `stops`; the template's stop strings are
+    ordinary text in it."""
     ignore_stops: bool = False
     """Nothing but length ends the answer: what stops others, ids and strings, is ordinary. For measurements."""
     client: str = ""

@@ -5,7 +5,7 @@ Must not know models or scheduling. Each token costs the same, however long the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from accessory.data.tokenizer import Decoder, Tokenizer
 
@@ -16,21 +16,30 @@ class AnswerText:
     The answer is cut before the stop string that is complete first, wherever token boundaries fall; what may still
     become one is held back until it is decided. `opening`: the answer begins a text (see `Tokenizer.decode`).
     `lead` and `tail`: what the template writes around an answer (often a space); no part of it where it is there.
+    `shown`: control tokens that are a part of the text, such as the marks of calls.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stops: Sequence[str] = (), opening: bool = False, lead: str = "", tail: str = ""
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stops: Sequence[str] = (),
+        opening: bool = False,
+        lead: str = "",
+        tail: str = "",
+        shown: Mapping[int, str] | None = None,
     ) -> None:
         self._decoder = Decoder(tokenizer, opening=opening)
         self._stops = [_Matcher(stop) for stop in stops]
         self._tail = _Matcher(tail) if tail else None
         self._lead, self._begun, self._held = lead, "", ""
+        self._shown = dict(shown or {})
         self.stopped = False
         """Whether a stop string was met; nothing comes after it."""
 
     def push(self, token: int) -> str:
         """The text that this token settles, perhaps none."""
-        return self._feed(self._decoder.push(token))
+        return self._feed(self._decoder.push(token) + self._shown.get(token, ""))
 
     def finish(self, *, complete: bool) -> str:
         """What is left at the end; complete: the model ended the answer itself, so that the tail belongs to it."""

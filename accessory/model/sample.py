@@ -16,7 +16,9 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _BLOCK = 256  # tokens whose probabilities are summed before the draw decides among them
-_DEPTHS = (128, 2048)  # how many of the likeliest tokens are sorted before all are
+_DEPTH = 256  # how many of the likeliest tokens are sorted at first
+_BUCKETS, _SPAN = 8192, 32.0  # steps of logit in which the rest is counted, down to exp(-32) of the likeliest
+_ONE = 1 << 40  # a probability of 1 where they are counted: sums of integers depend on no order
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,17 @@ def leading(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     whole = vocabulary - vocabulary % wide
     maxima = logits[:, :whole].reshape(rows, -1, wide).amax(-1)
     least = maxima.topk(count).values[:, -1:].clamp(min=torch.finfo(logits.dtype).min)
-    reached = logits >= least
-    row, token = reached.nonzero(as_tuple=True)
-    found = reached.sum(-1)
+    return _sorted(logits, logits >= least, count)
+
+
+def _sorted(logits: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The wanted tokens of each row, as `leading` gives them, in at least `width` places."""
+    row, token = wanted.nonzero(as_tuple=True)
+    found = wanted.sum(-1)
     place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
-    width = max(count, int(found.max()))
-    ordered = logits.new_full((rows, width), -torch.inf)
-    ids = torch.zeros((rows, width), dtype=torch.int64, device=logits.device)
+    width = max(width, int(found.max()))
+    ordered = logits.new_full((len(logits), width), -torch.inf)
+    ids = torch.zeros((len(logits), width), dtype=torch.int64, device=logits.device)
     ordered[row, place], ids[row, place] = logits[row, token], token
     ordered, order = ordered.sort(dim=-1, descending=True, stable=True)
     return ordered, ids.gather(1, order)
@@ -120,43 +126,72 @@ def leading(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _draw(logits: Tensor, params: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
     """Inverse-transform sampling from the filtered distribution: logits [B, V] -> ids [B]."""
-    temperature = _column([min(max(p.temperature, 1e-6), 1e30) for p in params], logits).to(logits.dtype)
+    temperature = _column([_defined(p.temperature) for p in params], logits).to(logits.dtype)
     probs = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     draw = _column(uniforms, logits)
     filtered = [row for row, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < logits.shape[1]]
     chosen = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
     if len(filtered) < len(params):
         chosen = _inverse(_above(probs, [p.min_p for p in params]), draw)
-    for depth in (*_DEPTHS, logits.shape[1]):
-        if not filtered:
-            break
-        rows = torch.tensor(filtered, device=logits.device)
-        every = len(filtered) == len(params)
-        part = (logits, probs, draw) if every else (logits[rows], probs[rows], draw[rows])
-        ids, enough = _filtered(*part, [params[row] for row in filtered], depth=depth)
-        chosen[rows] = ids  # of a row that goes deeper: written again
-        filtered = [row for row, done in zip(filtered, enough.tolist(), strict=True) if not done]
+    for method in (_narrow, _wide):
+        if filtered:
+            rows = torch.tensor(filtered, device=logits.device)
+            every = len(filtered) == len(params)
+            part = (logits, probs, draw) if every else (logits[rows], probs[rows], draw[rows])
+            ids, enough = method(*part, [params[row] for row in filtered])
+            chosen[rows] = ids
+            filtered = [row for row, done in zip(filtered, enough.tolist(), strict=True) if not done]
     return chosen
 
 
-def _filtered(
-    logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling], *, depth: int
-) -> tuple[Tensor, Tensor]:
-    """A draw [B] among what the filters keep, and whether `depth` tokens were enough to know what that is [B]."""
+def _narrow(logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """A draw [B] among the likeliest tokens, and whether these are all that the filters keep [B]."""
     vocabulary = logits.shape[1]
-    ordered, ids = leading(logits, min(depth, vocabulary))
-    likely = probs.gather(1, ids).double().masked_fill_(ordered == -torch.inf, 0)
+    depth = vocabulary if vocabulary < 4 * _DEPTH else _DEPTH
+    ordered, ids = leading(logits, depth)
+    there = ordered > -torch.inf
+    likely = probs.gather(1, ids).double() * there
     rank = torch.arange(ids.shape[1], device=ids.device)
     keep = likely.cumsum(-1) - likely < _column([p.top_p for p in params], logits)
     keep &= rank < _column([p.top_k or vocabulary for p in params], logits)
     keep &= likely >= _column([p.min_p for p in params], logits) * likely[:, :1]
-    there = ordered > -torch.inf
     keep &= there
     keep[:, 0] = True
     edges = (likely * keep).cumsum(-1)
     found = there.sum(-1)
-    enough = (keep.sum(-1) < found) | (found < depth) | (depth >= vocabulary)
+    enough = (keep.sum(-1) < found) | (found < depth) | (depth == vocabulary)
     return ids.gather(1, _search(edges, draw * edges[:, -1:]))[:, 0], enough
+
+
+def _wide(logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """The same where the filters keep many: buckets of logits tell about where they cut, and one is sorted there."""
+    top_p = _column([p.top_p for p in params], logits)
+    top_k = _column([p.top_k or logits.shape[1] for p in params], logits)
+    steps = _column([_BUCKETS / _SPAN / _defined(p.temperature) for p in params], logits).to(logits.dtype)
+    bucket = (logits.amax(-1, keepdim=True) - logits).mul_(steps).clamp_(max=_BUCKETS - 1).long()
+    counts = torch.zeros((len(logits), _BUCKETS), dtype=torch.int64, device=logits.device)
+    mass = counts.scatter_add(1, bucket, (probs * _ONE).long()).cumsum(-1)
+    cut = (mass < top_p * _ONE).sum(-1, keepdim=True)
+    if any(p.top_k for p in params):
+        number = counts.scatter_add_(1, bucket, torch.ones_like(bucket)).cumsum(-1)
+        cut = cut.minimum((number < top_k).sum(-1, keepdim=True))
+    sure = bucket < cut - 1  # counting rounds: the neighbours of the bucket are looked at, too
+    ordered, ids = _sorted(logits, (bucket <= cut + 1) & ~sure & (logits > -torch.inf), 1)
+    kept = torch.where(sure, probs, 0)
+    likely = probs.gather(1, ids).double() * (ordered > -torch.inf)
+    keep = _sums(kept).cumsum(-1)[:, -1:] + likely.cumsum(-1) - likely < top_p
+    keep &= sure.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device) < top_k
+    kept = kept.scatter_add(1, ids, (likely * keep).to(kept.dtype))
+    return _inverse(_above(kept, [p.min_p for p in params]), draw), torch.ones_like(sure[:, 0])
+
+
+def _sums(probs: Tensor) -> Tensor:
+    """The sums of blocks of each row [B, V], fp64 [B, V / 256], the last of which may be shorter."""
+    whole = probs.shape[1] - probs.shape[1] % _BLOCK
+    sums = probs[:, :whole].reshape(len(probs), -1, _BLOCK).sum(-1, dtype=torch.float64)
+    if whole == probs.shape[1]:
+        return sums
+    return torch.cat((sums, probs[:, whole:].double().cumsum(-1)[:, -1:]), dim=-1)
 
 
 def _above(probs: Tensor, shares: Sequence[float]) -> Tensor:
@@ -168,16 +203,15 @@ def _above(probs: Tensor, shares: Sequence[float]) -> Tensor:
 
 def _inverse(probs: Tensor, draw: Tensor) -> Tensor:
     """The ids [B] at which the running sum of probs [B, V] passes draw [B, 1] of the whole, block by block."""
-    rows, vocabulary = probs.shape
-    if short := -vocabulary % _BLOCK:
-        probs = torch.nn.functional.pad(probs, (0, short))
-    blocks = probs.reshape(rows, -1, _BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
+    short = -probs.shape[1] % _BLOCK
+    sums = _sums(probs)
     edges = sums.cumsum(-1)
     target = draw * edges[:, -1:]
     block = _search(edges, target)
     before = (edges - sums).gather(1, block)
-    inner = blocks[torch.arange(rows, device=probs.device), block[:, 0]].double().cumsum(-1)
+    padded = torch.nn.functional.pad(probs, (0, short)) if short else probs
+    blocks = padded.reshape(len(probs), -1, _BLOCK)
+    inner = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double().cumsum(-1)
     return (block * _BLOCK + _search(inner, (target - before).clamp(min=0)))[:, 0]
 
 
@@ -185,6 +219,11 @@ def _search(edges: Tensor, target: Tensor) -> Tensor:
     """The first place [B, 1] whose edge lies beyond the target; rounding never leads past the last that adds to it."""
     last = torch.searchsorted(edges, edges[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(edges, target.contiguous(), right=True), last)
+
+
+def _defined(temperature: float) -> float:
+    """A temperature by which fp32 can be divided."""
+    return min(max(temperature, 1e-6), 1e30)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
