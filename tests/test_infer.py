@@ -247,15 +247,15 @@ def test_a_dataset_is_answered_in_order_with_pictures_labels_and_ids(say, answer
 
 
 def test_resume_answers_what_is_missing_and_nothing_twice(say, rows, tmp_path, monkeypatch):
-    asked, submit = [], Engine.submit
+    asked, enqueue = [], Engine.enqueue
 
-    def watched(self: Engine, request: Request) -> object:
+    def watched(self: Engine, request: Request, prompt: object) -> object:
         asked.append(request.turns[-1].text)
         if len(asked) == 4:
             raise KeyboardInterrupt("killed here")
-        return submit(self, request)
+        return enqueue(self, request, prompt)
 
-    monkeypatch.setattr(Engine, "submit", watched)
+    monkeypatch.setattr(Engine, "enqueue", watched)
     flags = ["--dataset", str(rows), "--infer_batch_size", "1", "--resume", "true"]
     with pytest.raises(KeyboardInterrupt):
         say(infer, *flags)

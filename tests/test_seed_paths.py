@@ -285,12 +285,31 @@ def test_llamafactorys_export_answers_as_its_adapter_does(saved, home, files):
     assert "is merged into models/merge already" in refused(*again, cwd=home)
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("predict", 2), ("nlg_eval", 1)])
+def test_llamafactorys_prediction_runs_scores_and_is_only_scored_again(saved, home, files, name, ranks):
+    paths = ["--model_name_or_path", "llama3", "--adapter_name_or_path", "saves/sft", "--output_dir", f"saves/{name}"]
+    words = ["train", files / f"{name}.yaml", *paths, "--max_samples", 2, "--nproc_per_node", ranks]
+    done = run(*words, cwd=home)
+    assert done.stderr.startswith("dialect: LLaMA-Factory") and "predict_rouge-l" in done.stdout
+    if ranks == 2:  # its DeepSpeed ZeRO-3, which its own program refuses here, runs as tensor parallel
+        assert "2 ranks: tp 2 x dp 1" in done.stderr and "several ranks share each layer" in done.stderr
+    out = home / "saves" / name
+    lines = [json.loads(line) for line in (out / "generated_predictions.jsonl").read_text().splitlines()]
+    head = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+    assert all(line["prompt"].startswith(head) and line["label"] for line in lines)
+    assert [line["id"].split(":")[0] for line in lines] == ["identity.json"] * 2 + ["alpaca_en_demo.json"] * 2
+    results = json.loads((out / "predict_results.json").read_text())
+    assert {"predict_bleu-4", "predict_rouge-1", "predict_rouge-2", "predict_rouge-l"} <= set(results)
+    assert {"all_results.json", "trainer_log.jsonl", "predict.yaml"} <= {entry.name for entry in out.iterdir()}
+    again = run(*words, "--overwrite_output_dir", "false", cwd=home)
+    assert "going on, 4 of 4 rows were answered before" in again.stderr and again.stdout == done.stdout
+
+
 @pytest.mark.parametrize(
     ("verb", "name", "said"),
     [
         *(("webchat", name, "webchat: the page is not part of this version") for name in ASKED if "llava" in name),
         ("api", "llama3_lora_sft", "api: the server is not part of this version"),
-        *(("train", name, "predict: scoring answers is not part of this version") for name in PREDICTED),
         ("eval", "eval", "eval: MMLU, C-Eval and CMMLU are not part of this version"),
         ("export", "gptq", "export: quantised export is not part of this version"),
         ("chat", "llama3_vllm", "meta-llama/Meta-Llama-3-8B-Instruct: no such folder here"),

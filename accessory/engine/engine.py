@@ -94,8 +94,8 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting = Waiting(queue)
         self._running: dict[int, Running] = {}  # by row
-        grows = bundle.model.rope.grows  # keys then keep the base of their time
-        self._rows = Rows(rows, size=window, reuse=reuse and not grows, multiple=self._chunk if deterministic else 1)
+        multiple = self._chunk if deterministic else 1
+        self._rows = Rows(rows, size=window, reuse=reuse and not bundle.config.rope_grows, multiple=multiple)
         self._turns = Turns()
         self._over = False
         self.stats = Stats()

@@ -211,22 +211,24 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar, lead: str) -> LLMatcher:
     if len(grammar.text.encode(errors="replace")) > MOST_TEXT:
         raise ValueError(f"{grammar.kind}: got more than {MOST_TEXT} bytes of text, expected fewer; shorten it")
     made = LLMatcher(tokenizer, _source(grammar, lead), log_level=0, limits=LLParserLimits(**_LIMITS))
-    if error := _try(made):
+    if error := _try(made, tokenizer.eos_token):
         raise ValueError(f"{grammar.kind}: got one that cannot be enforced ({error}); change or simplify it")
     for warning in made.get_grammar_warnings():
         log.warning("%s: %s", grammar.kind, warning)
     return made
 
 
-def _try(made: LLMatcher) -> str:
+def _try(made: LLMatcher, end: int) -> str:
     """Why a grammar is of no use, or one whose first tokens overrun a limit, before any answer depends on it."""
     probe, dice = made.deep_copy(), random.Random(0)
-    for _ in range(_TRIED):
+    for step in range(_TRIED):
         bits = np.frombuffer(b"" if probe.is_error() else probe.compute_bitmask(), dtype=np.uint8)
         if probe.is_error():
-            return _reason(probe.get_error())
+            stuck = step and probe.stop_reason().startswith("NoExtension")  # other ways may go on
+            return "" if stuck else _reason(probe.get_error())
         pieces = np.unpackbits(bits, bitorder="little").nonzero()[0]
-        if probe.is_stopped() or not len(pieces):
+        pieces = pieces[pieces != end]
+        if not len(pieces):
             return ""
         probe.consume_token(int(dice.choice(pieces)))
     return ""

@@ -20,7 +20,7 @@ from accessory.model.cache import Cache
 from accessory.model.head import Head
 from accessory.model.parallel import Column, Embedding, Linear, Row, TiedEmbedding, pack, together
 from accessory.model.pointwise import rms_norm, swiglu
-from accessory.model.rope import Rope
+from accessory.model.rope import Rope, grows
 from accessory.model.spelled import first_keys
 
 
@@ -72,6 +72,11 @@ class LlamaConfig:
         if self.ffn_dim_multiplier is not None:
             width = int(self.ffn_dim_multiplier * width)
         return self.multiple_of * math.ceil(width / self.multiple_of)
+
+    @property
+    def rope_grows(self) -> bool:
+        """Whether keys depend on how long their row was when they were made, so that rows cannot share them."""
+        return grows(self.rope_scaling)
 
     def check(self, shard: Shard) -> None:
         """ValueError where the sizes contradict each other or cannot be cut across `shard.size` ranks."""

@@ -30,11 +30,6 @@ class Rope:
         self.scaling = _normal(scaling)
         self._frequencies: dict[torch.device, Tensor] = {}
 
-    @property
-    def grows(self) -> bool:
-        """Whether a position's rotation depends on how long its row has become."""
-        return self.scaling["rope_type"] == "dynamic"
-
     def __call__(self, positions: Tensor) -> Tensor:
         """positions [B, T] -> (cos, sin) pairs [B, T, 1, head_dim / 2, 2], fp32. Padding (-1) counts as position 0."""
         positions = positions.clamp(min=0)
@@ -71,6 +66,11 @@ class Rope:
 
     def _exponents(self, device: torch.device) -> Tensor:
         return torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+
+
+def grows(scaling: float | dict[str, Any] | None) -> bool:
+    """Whether a position's rotation depends on how long its row has become."""
+    return _normal(scaling)["rope_type"] == "dynamic"
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ _MASK = (1 << 64) - 1
 _BLOCK = 256  # tokens whose probabilities are summed before the draw decides among them
 _DEPTH = 256  # how many of the likeliest tokens are sorted at first
 _BUCKETS, _SPAN = 8192, 32.0  # steps of logit in which the rest is counted, down to exp(-32) of the likeliest
+_AT_ONCE = 1 << 18  # logits that a processor works on, so that what lies between steps stays in its cache
 _ONE = 1 << 40  # a probability of 1 where they are counted: sums of integers depend on no order
 
 
@@ -65,14 +66,17 @@ def sample(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int])
     """
     assert len(params) == len(positions) == len(logits), (len(params), len(positions), len(logits))
     drawing = [row for row, p in enumerate(params) if p.temperature > 0]
-    some = [params[row] for row in drawing]
-    uniforms = [uniform(p.seed, positions[row]) for row, p in zip(drawing, some, strict=True)]
-    if drawing and len(drawing) == len(params):
-        return _draw(logits, some, uniforms)
-    chosen = logits.argmax(-1)
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        chosen[rows] = _draw(logits[rows], some, uniforms)
+    chosen = torch.zeros(len(params), dtype=torch.int64, device=logits.device)
+    if len(drawing) < len(params):
+        chosen = logits.argmax(-1)
+    together = len(params) if logits.device.type != "cpu" else max(1, _AT_ONCE // logits.shape[1])
+    for start in range(0, len(drawing), together):
+        rows = drawing[start : start + together]
+        some = [params[row] for row in rows]
+        uniforms = [uniform(p.seed, positions[row]) for row, p in zip(rows, some, strict=True)]
+        dense = rows[-1] - rows[0] + 1 == len(rows)
+        part = logits[rows[0] : rows[-1] + 1] if dense else logits[torch.tensor(rows, device=logits.device)]
+        chosen[torch.tensor(rows, device=logits.device)] = _draw(part, some, uniforms)
     return chosen
 
 
@@ -176,8 +180,8 @@ def _wide(logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling
         number = counts.scatter_add_(1, bucket, torch.ones_like(bucket)).cumsum(-1)
         cut = cut.minimum((number < top_k).sum(-1, keepdim=True))
     sure = bucket < cut - 1  # counting rounds: the neighbours of the bucket are looked at, too
-    ordered, ids = _sorted(logits, (bucket <= cut + 1) & ~sure & (logits > -torch.inf), 1)
-    kept = torch.where(sure, probs, 0)
+    ordered, ids = _sorted(logits, (bucket <= cut + 1) & ~sure, 1)
+    kept = sure.to(probs.dtype).mul_(probs)
     likely = probs.gather(1, ids).double() * (ordered > -torch.inf)
     keep = _sums(kept).cumsum(-1)[:, -1:] + likely.cumsum(-1) - likely < top_p
     keep &= sure.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device) < top_k
@@ -188,10 +192,10 @@ def _wide(logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling
 def _sums(probs: Tensor) -> Tensor:
     """The sums of blocks of each row [B, V], fp64 [B, V / 256], the last of which may be shorter."""
     whole = probs.shape[1] - probs.shape[1] % _BLOCK
-    sums = probs[:, :whole].reshape(len(probs), -1, _BLOCK).sum(-1, dtype=torch.float64)
-    if whole == probs.shape[1]:
-        return sums
-    return torch.cat((sums, probs[:, whole:].double().cumsum(-1)[:, -1:]), dim=-1)
+    sums = probs[:, :whole].reshape(len(probs), -1, _BLOCK).sum(-1)
+    if whole < probs.shape[1]:
+        sums = torch.cat((sums, probs[:, whole:].cumsum(-1)[:, -1:]), dim=-1)
+    return sums.double()
 
 
 def _above(probs: Tensor, shares: Sequence[float]) -> Tensor:

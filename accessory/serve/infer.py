@@ -17,7 +17,7 @@ from accessory import dist
 from accessory.config import dump, parse
 from accessory.dialect.translate import translator
 from accessory.serve import journal
-from accessory.serve.asking import look
+from accessory.serve.asking import look, name_of
 from accessory.serve.infer_settings import InferSettings
 from accessory.serve.journal import Journal
 from accessory.serve.keyboard import Keyboard
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from accessory.assemble import Bundle
     from accessory.data.feed import RawRow, Rows
     from accessory.dist import Ranks
-    from accessory.engine import Engine, Request
+    from accessory.engine import Engine, Request, Result
     from accessory.serve.rows import Batch
 
 log = logging.getLogger(__name__)
@@ -92,13 +92,16 @@ def run(settings: InferSettings, *, argv: Sequence[str] | None = None) -> Done:
 
 def ask(settings: InferSettings, rows: Rows | None, ranks: Ranks) -> Done:
     """The same on ranks that have met. rows: None: a person asks."""
+    from accessory.serve.rows import STEADY
+
     plan = _plan(settings, rows, ranks)
     if plan.path is not None and plan.rows and len(plan.known) == len(plan.rows):
         return Done(_finished(plan) if ranks.rank == 0 else [], str(plan.path))
     bundle = open_bundle(settings, ranks)
     width = 1 if rows is None else settings.infer_batch_size
     records: list[dict[str, Any]] = []
-    with open_engine(settings, bundle, ranks, rows=width, orientation="keep") as engine:
+    how = STEADY if rows is not None and settings.resume else {}
+    with open_engine(settings, bundle, ranks, rows=width, orientation="keep", **how) as engine:
         if not ranks.leader:
             engine.follow()
         elif rows is None:
@@ -308,11 +311,26 @@ def _batch(settings: InferSettings, bundle: Bundle, engine: Engine, write: Calla
         engine,
         ask,
         _look(settings),
+        functools.partial(_record, default_system=settings.default_system),
         write,
         width=settings.infer_batch_size,
         default_system=settings.default_system,
         skip_bad=settings.on_bad_row == "skip",
     )
+
+
+def _record(row: RawRow, request: Request, result: Result, *, default_system: str | None) -> dict[str, Any]:
+    """An answered row."""
+    return {
+        "id": row.id,
+        "system": row.system if row.system is not None else default_system,
+        "query": row.query,
+        "response": result.text,
+        "label": row.label,
+        "history": row.history,
+        "images": [name_of(name) for name in row.pictures],
+        "finish": result.finish,
+    }
 
 
 def _chosen(rows: Rows, settings: InferSettings) -> list[RawRow]:

@@ -47,7 +47,8 @@ class InferSettings(ModelWords, GenerationWords):
     result_dir: str | None = None
     """Folder of that file; none: infer_result in ckpt_dir, else output/infer/NAME/infer_result."""
     resume: bool = False
-    """Go on with the newest results of the same settings in that folder: no row is answered twice, none is lost."""
+    """Go on with the newest results of the same settings in that folder: no row is answered twice, none is lost. Where
+    it is set from the first run on, the answers equal those of an unbroken one, bit by bit."""
     stream: bool = True
     """In a terminal: show an answer while it is made."""
     verbose: bool | None = None

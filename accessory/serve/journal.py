@@ -6,6 +6,7 @@ the end the lines stand in one file, in the order of the rows.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -48,9 +49,17 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not self.path.exists()
         file = self.path.open("ab")
+        _lock(file, self.path)
         if fresh:
             _sync_folder(self.path.parent)
         return file
+
+
+def check_free(path: Path) -> None:
+    """ValueError where another run, on this host, is writing to a file of answers or to one of its ranks' parts."""
+    for file in parts(path):
+        with file.open("rb") as opened:
+            _lock(opened, file)
 
 
 def part_of(path: Path, rank: int) -> Path:
@@ -82,7 +91,7 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     Raises ValueError for a damaged line before the last.
     """
     records: list[dict[str, Any]] = []
-    for file in _parts(path):
+    for file in parts(path):
         data = file.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data) and mend:
@@ -117,13 +126,24 @@ def finish(path: Path, order: Sequence[str]) -> list[dict[str, Any]]:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
-    _remove(part for part in _parts(path) if part != path)
+    _remove(part for part in parts(path) if part != path)
     return [record for record in records if str(record.get("id")) in place]
 
 
-def _parts(path: Path) -> list[Path]:
+def parts(path: Path) -> list[Path]:
     """The file, and those of its ranks."""
     return [*([path] if path.exists() else []), *sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))]
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Hold a file until it is closed or the process ends. ValueError where another one holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path}: another run is writing to it; wait for its end, or choose another folder") from None
+    except OSError as error:  # a file system without locks
+        log.info("%s: cannot be locked (%s)", path, error)
 
 
 def _remove(paths: Iterable[Path]) -> None:

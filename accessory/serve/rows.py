@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from accessory.serve.asking import name_of
 from accessory.serve.repl import RULE
 
 if TYPE_CHECKING:
@@ -22,29 +21,36 @@ if TYPE_CHECKING:
 
     from accessory.data.feed import RawRow
     from accessory.data.template import Turn
-    from accessory.engine import Answer, Engine, Request
+    from accessory.engine import Answer, Engine, Request, Result
+    from accessory.engine.prompt import Prompt
 
 log = logging.getLogger(__name__)
 
-_LOADERS = 4  # threads that fetch pictures
+_LOADERS = 4  # threads that fetch pictures and encode text
 _REPORT = 10.0  # seconds between two lines of progress
+# How an engine is opened whose answers never depend on their neighbours, so that a run which is gone on with equals an
+# unbroken one: prompts are then read in pieces of this width, whatever is in them.
+STEADY: dict[str, Any] = {"deterministic": True, "prefill_chunk": 128}
 
 
 @dataclass
 class Batch:
     """The rows of one data-parallel rank, answered `width` at a time; a row that ends makes room for the next.
 
-    ask: the request of a row's turns and pictures. look: opens a picture. write: keeps a finished record.
+    ask: the request of a row's turns and pictures. look: opens a picture. note: the record of an answered row.
+    write: keeps a record.
     """
 
     engine: Engine
     ask: Callable[[RawRow, Sequence[Turn], Sequence[Image]], Request]
     look: Callable[[str], Image]
+    note: Callable[[RawRow, Request, Result], dict[str, Any]]
     write: Callable[[dict[str, Any]], None]
     width: int
     default_system: str | None = None
     skip_bad: bool = False
     report: Counter[str] = field(default_factory=Counter)
+    """Of rows: answered, refused, cut (the answer ended at a limit), shortened (the question did); and tokens."""
     refused: list[str] = field(default_factory=list)
 
     def run(self, rows: Sequence[RawRow]) -> None:
@@ -67,6 +73,7 @@ class Batch:
                         rate = self.report["tokens"] / (told - began)
                         log.info("%d of %d rows, %.1f tokens/s", done, total, rate)
             finally:
+                pool.shutdown(wait=False, cancel_futures=True)
                 for answer in running:
                     self.engine.cancel(answer)
 
@@ -76,32 +83,34 @@ class Batch:
         log.info("%d rows answered with %d tokens", report["answered"], report["tokens"])
         if report["cut"]:
             log.info("%d answers were cut; --max_new_tokens or --max_seq_len allows more", report["cut"])
+        if report["shortened"]:
+            log.warning("%d questions lost their oldest text; --cutoff_len allows more", report["shortened"])
         if self.refused:
             log.warning("%d rows were not asked: %s", len(self.refused), "; ".join(self.refused[:5]))
 
     def _prepared(self, rows: Sequence[RawRow], pool: ThreadPoolExecutor) -> Iterator[tuple[RawRow, Future]]:
-        """Rows whose pictures are being fetched, a few ahead of those that are asked."""
+        """Rows whose prompts are being made, a few ahead of those that are asked."""
         waiting: deque[tuple[RawRow, Future]] = deque()
         for row in rows:
-            waiting.append((row, pool.submit(lambda row=row: [self.look(name) for name in row.pictures])))
+            waiting.append((row, pool.submit(self._prepare, row)))
             if len(waiting) > 2 * self.width:
                 yield waiting.popleft()
         yield from waiting
 
+    def _prepare(self, row: RawRow) -> tuple[Request, Prompt]:
+        """What a row asks, as text and as numbers."""
+        request = self.ask(row, self._turns(row), [self.look(name) for name in row.pictures])
+        return request, self.engine.prepare(request)
+
     def _submit(self, ready: Iterator[tuple[RawRow, Future]], running: dict[Answer, RawRow]) -> bool:
         """Ask the next row; False where there is none."""
-        row, pictures = next(ready, (None, None))
-        if row is None or pictures is None:
+        row, prepared = next(ready, (None, None))
+        if row is None or prepared is None:
             return False
         try:
-            answer = self.engine.submit(self.ask(row, self._turns(row), pictures.result()))
+            answer = self.engine.enqueue(*prepared.result())
         except (ValueError, OSError) as error:
-            reason = f"{row.where}: {' '.join(str(error).split())}"
-            if not self.skip_bad:
-                raise ValueError(f"{reason}; mend the row, or set on_bad_row to skip") from error
-            self.report["refused"] += 1
-            self.refused.append(reason)
-            log.warning("%s", reason)
+            self._refuse(row, error)
             return True
         running[answer] = row
         return True
@@ -118,22 +127,23 @@ class Batch:
         """Keep what was answered."""
         result = answer.result
         assert result is not None, f"row {row.id} is not answered yet"
+        if result.finish == "error":
+            self._refuse(row, ValueError(result.error))
+            return
         self.report["answered"] += 1
         self.report["tokens"] += len(result.ids)
-        if result.finish == "length":
-            self.report["cut"] += 1
-        self.write(
-            {
-                "id": row.id,
-                "system": row.system if row.system is not None else self.default_system,
-                "query": row.query,
-                "response": result.text,
-                "label": row.label,
-                "history": row.history,
-                "images": [name_of(name) for name in row.pictures],
-                "finish": result.finish,
-            }
-        )
+        self.report["cut"] += result.finish == "length"
+        self.report["shortened"] += result.dropped > 0
+        self.write(self.note(row, answer.request, result))
+
+    def _refuse(self, row: RawRow, error: Exception) -> None:
+        """Count a row that cannot be asked or answered. Raises ValueError where none is skipped."""
+        reason = f"{row.where}: {' '.join(str(error).split())}"
+        if not self.skip_bad:
+            raise ValueError(f"{reason}; mend the row, or set on_bad_row to skip") from error
+        self.report["refused"] += 1
+        self.refused.append(reason)
+        log.warning("%s", reason)
 
 
 class Printer:

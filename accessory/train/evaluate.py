@@ -23,6 +23,7 @@ from accessory.dist import Ranks, Shard
 from accessory.engine import Answer, Engine, Request, Result
 from accessory.engine.prompt import Prompter
 from accessory.engine.request import PictureSource
+from accessory.metrics import exact_match
 from accessory.model.head import IGNORED
 from accessory.train.agree import gather, total
 from accessory.train.guest import Guest, forget_forwards
@@ -255,7 +256,7 @@ def _answers(engine: Engine, requests: Sequence[Request], questions: Sequence[Qu
 def _matches(questions: Sequence[Question], results: Sequence[Result | None]) -> int:
     """Answers that are the expected ones."""
     pairs = zip(questions, results, strict=True)
-    return sum(result is not None and result.text.strip() == question.answer.strip() for question, result in pairs)
+    return sum(result is not None and exact_match(result.text, question.answer) for question, result in pairs)
 
 
 def _show(question: Question, result: Result | None, step: int) -> None:
