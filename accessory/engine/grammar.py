@@ -239,7 +239,8 @@ def _source(grammar: Grammar, lead: str) -> str:
 
     Forcing is off, as the library would else allow one spelling of a text alone, and it does not know our tokenizers'.
     """
-    _count(grammar.text)
+    if grammar.kind in ("json_schema", "lark"):
+        _count(grammar.text)
     start = f'%llguidance {{"no_forcing": true}}\nstart: {_string(lead) if lead else ""} '
     if grammar.kind == "lark":
         inner = {"name": "answer", "lark_grammar": grammar.text}
@@ -294,17 +295,18 @@ def _guided(told: Any) -> dict[str, Any]:
 
 
 def _count(text: str) -> None:
-    """ValueError for numbers to be multiples of so much that it takes gigabytes to count up to it."""
+    """ValueError for `multipleOf` of so much that the library would take gigabytes to count up to it."""
     plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
-    common = 1
-    for told in re.findall(r'"multipleOf"\s*:\s*([-+.\deE]+)', plain):
-        digits = re.sub(r"[eE].*|\D", "", told).strip("0")
-        common = math.lcm(common, int(digits or 1))
-        if common > MOST_MULTIPLE or re.search("[eE]", told):
-            raise ValueError(
-                f"multipleOf: got {told}, expected plain numbers of few digits, in all at most {MOST_MULTIPLE} without"
-                " their points; check the answer instead"
-            )
+    told = re.findall(r'"multipleOf"\s*:\s*([-+.\deE]+)', plain)
+    parts = [re.fullmatch(r"(\d{1,9})(?:\.(\d{1,9}))?", number) for number in told]
+    points = max((len(part[2] or "") for part in parts if part), default=0)
+    steps = [int(part[1] + (part[2] or "").ljust(points, "0")) if part else MOST_MULTIPLE + 1 for part in parts]
+    together = math.lcm(*steps) if re.search('"(all|any|one)Of"|"\\$ref"', plain) else max(steps, default=1)
+    if together // math.gcd(together, 10**points) > MOST_MULTIPLE:
+        raise ValueError(
+            f"multipleOf: got {', '.join(told[:4])}, expected plain numbers that take few digits, alone and together;"
+            " check the answer instead"
+        )
 
 
 def _choices(text: str) -> list[str]:

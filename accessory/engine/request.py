@@ -68,7 +68,7 @@ class Request:
     """Most positions of the prompt; None: what the window leaves."""
     logprobs: int | None = None
     """None: none; 0 to 20: of each token, and of so many likeliest ones beside it."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Added to logits by token id, -100 to 100; -100 all but forbids a token."""
     grammar: Grammar | None = None
     """What the answer must be of; it ends where its text does, or at one of `stops`; the template's stop strings are

@@ -118,7 +118,7 @@ def leading(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _sorted(logits: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The wanted tokens of each row, as `leading` gives them, in at least `width` places."""
     row, token = wanted.nonzero(as_tuple=True)
-    found = wanted.sum(-1)
+    found = torch.bincount(row, minlength=len(logits))
     place = torch.arange(len(row), device=row.device) - (found.cumsum(0) - found)[row]
     width = max(width, int(found.max()))
     ordered = logits.new_full((len(logits), width), -torch.inf)
@@ -176,15 +176,17 @@ def _wide(logits: Tensor, probs: Tensor, draw: Tensor, params: Sequence[Sampling
     counts = torch.zeros((len(logits), _BUCKETS), dtype=torch.int64, device=logits.device)
     mass = counts.scatter_add(1, bucket, (probs * _ONE).long()).cumsum(-1)
     cut = (mass < top_p * _ONE).sum(-1, keepdim=True)
+    number = counts
     if any(p.top_k for p in params):
-        number = counts.scatter_add_(1, bucket, torch.ones_like(bucket)).cumsum(-1)
+        number = counts.scatter_add(1, bucket, torch.ones_like(bucket)).cumsum(-1)
         cut = cut.minimum((number < top_k).sum(-1, keepdim=True))
     sure = bucket < cut - 1  # counting rounds: the neighbours of the bucket are looked at, too
     ordered, ids = _sorted(logits, (bucket <= cut + 1) & ~sure, 1)
     kept = sure.to(probs.dtype).mul_(probs)
     likely = probs.gather(1, ids).double() * (ordered > -torch.inf)
     keep = _sums(kept).cumsum(-1)[:, -1:] + likely.cumsum(-1) - likely < top_p
-    keep &= sure.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device) < top_k
+    before = torch.where(cut > 1, number.gather(1, (cut - 2).clamp(min=0)), 0)
+    keep &= before + torch.arange(ids.shape[1], device=ids.device) < top_k
     kept = kept.scatter_add(1, ids, (likely * keep).to(kept.dtype))
     return _inverse(_above(kept, [p.min_p for p in params]), draw), torch.ones_like(sure[:, 0])
 
