@@ -8,10 +8,22 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accessory.data.template import DIALECTS, PLACE, TEMPLATES, Control, Form, Pictures, Template, get_template, qualify
-from accessory.data.template.derive import Writer, agrees, from_jinja
+from accessory.data.template import DIALECTS, PLACE, TEMPLATES, Template, get_template, qualify
+from accessory.data.template.derive import agrees, from_jinja
+from accessory.data.template.derive_tools import agrees_on_tools, writes_tools
 from accessory.data.template.forms import SLOT
 from accessory.data.template.sandbox import Jinja
+from accessory.data.template.statements import (
+    answer_calls,
+    around_question,
+    around_system,
+    begin,
+    call,
+    define,
+    quoted,
+    write,
+)
+from accessory.data.template.writer import Writer
 from accessory.dialect.models import find_model
 
 log = logging.getLogger(__name__)
@@ -24,9 +36,12 @@ def chat_template(template: Template | str, *, picture: str = PLACE) -> str:
     """The jinja that writes what `render` writes; picture: the text of the picture token.
 
     Messages have a role, a content (text, or a list of parts of type text and image), and perhaps an input as alpaca's
-    records. Image parts stand where the template puts a turn's pictures, the picture's text where a text has it. Two
-    things cannot be said in jinja: that a text which spells a control token or a picture is text all the same, and
-    what is learned. Everything else is, so that `apply_chat_template` gives the ids of training and of chat.
+    records. Image parts stand where the template puts a turn's pictures, the picture's text where a text has it. Tools
+    are transformers' `tools`, calls an assistant's `tool_calls`, results messages of "tool"; to a template that has no
+    way to write tools they are what they were, passed over or refused. Three things cannot be said in jinja: that a
+    text which spells a control token or a picture is text all the same, what is learned, and that arguments given as
+    text are JSON (a mapping is written as in training, a text as it is). Everything else is, so that
+    `apply_chat_template` gives the ids of training and of chat.
     """
     form = get_template(template) if isinstance(template, str) else template
     return "\n".join(_lines(form, picture))
@@ -81,9 +96,13 @@ def _recognised(text: str, *, sees: bool) -> str | None:
             return qualify(name, dialect=dialect)
     try:
         writer = Writer(Jinja(text))
-        for (dialect, name), form in ours.items():
-            if agrees(writer, form):
-                return qualify(name, dialect=dialect)
+        same = [key for key, form in ours.items() if agrees(writer, form)]
+        if same and writes_tools(writer):  # one that writes tools the same, if there is one
+            same = [key for key in same if agrees_on_tools(writer, ours[key])] or same
+            if not agrees_on_tools(writer, ours[same[0]]) and _has_tools(text):
+                return text
+        if same:
+            return qualify(same[0][1], dialect=same[0][0])
         for name in LLAVA if sees else ():
             if agrees(writer, TEMPLATES[name], opening=True):
                 log.info("template: %s, as the folder's chat template opens a conversation", name)
@@ -93,6 +112,14 @@ def _recognised(text: str, *, sees: bool) -> str | None:
         log.warning("the folder's chat template is not followed: %s", error)
         return None
     return text
+
+
+def _has_tools(text: str) -> bool:
+    """Whether the template read off a chat template has a way to write tools."""
+    try:
+        return from_jinja(text).tools is not None
+    except ValueError:
+        return False
 
 
 def _text(said: Any) -> str | None:
@@ -132,8 +159,9 @@ def _lines(form: Template, picture: str) -> Iterator[str]:
     """Statements, one a line; each eats the white space around it, so that lines and indents write nothing."""
     silent = "none" if form.system is not None else "''"
     yield f"{{%- set ns = namespace(system={silent}, text='', pictures=0, turns=0) -%}}"
+    yield from define(form)
     yield "{%- for message in messages -%}"
-    yield from _read()
+    yield from _read(form)
     yield "{%- if message['role'] == 'system' -%}"
     yield f"{{%- if not loop.first -%}}{_ROLES}{{%- endif -%}}"
     if form.system is None:
@@ -143,29 +171,52 @@ def _lines(form: Template, picture: str) -> Iterator[str]:
     yield "{%- if ns.turns == 0 -%}"
     yield from _begin(form, picture)
     yield "{%- else -%}"
-    yield from _write(form.between, picture)
+    yield from write(form.between, picture)
     yield "{%- endif -%}"
     yield from _ask(form, picture)
-    if form.opening:
-        yield "{%- if add_generation_prompt or not loop.last -%}"
-        yield from _write(form.opening, picture)
-        yield "{%- endif -%}"
+    yield from _open(form, picture)
     yield "{%- set ns.turns = ns.turns + 1 -%}"
-    yield "{%- elif message['role'] == 'assistant' and ns.turns % 2 == 1 -%}"
-    yield from _write(form.answer, picture)
-    yield "{%- set ns.turns = ns.turns + 1 -%}"
-    if form.end:
-        yield "{%- if loop.last -%}"
-        yield from _write(form.end, picture)
+    if form.tools is not None:
+        yield "{%- elif message['role'] == 'assistant' and message['tool_calls'] and ns.turns % 2 and ns.call != 1 -%}"
+        yield from call(form, form.tools, picture)
+        yield from _end(form, picture)
+        yield "{%- elif message['role'] == 'tool' and ns.call > 0 -%}"
+        yield from answer_calls(form, form.tools, picture)
+        yield "{%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' -%}"
+        yield from _open(form, picture)
         yield "{%- endif -%}"
+    waits = "" if form.tools is None else " and ns.call != 1"
+    yield f"{{%- elif message['role'] == 'assistant' and ns.turns % 2 == 1{waits} -%}}"
+    yield from write(form.answer, picture)
+    yield "{%- set ns.turns = ns.turns + 1 -%}"
+    yield from _end(form, picture)
+    if form.tools is not None:
+        yield "{%- set ns.call = 0 -%}"
     yield f"{{%- else -%}}{_ROLES}{{%- endif -%}}"
     yield "{%- endfor -%}"
 
 
-def _read() -> Iterator[str]:
+def _open(form: Template, picture: str) -> Iterator[str]:
+    """What opens an answer."""
+    if form.opening:
+        yield "{%- if add_generation_prompt or not loop.last -%}"
+        yield from write(form.opening, picture)
+        yield "{%- endif -%}"
+
+
+def _end(form: Template, picture: str) -> Iterator[str]:
+    """What stands after the last answer."""
+    if form.end:
+        yield "{%- if loop.last -%}"
+        yield from write(form.end, picture)
+        yield "{%- endif -%}"
+
+
+def _read(form: Template) -> Iterator[str]:
     """Put a message's text and the number of its pictures where the forms find them."""
+    silent = "" if form.tools is None else "{%- elif message['tool_calls'] and not message['content'] -%}"
     yield "{%- set ns.text = '' -%}{%- set ns.pictures = 0 -%}"
-    yield "{%- if message['content'] is string -%}{%- set ns.text = message['content'] -%}{%- else -%}"
+    yield f"{{%- if message['content'] is string -%}}{{%- set ns.text = message['content'] -%}}{silent}{{%- else -%}}"
     yield "{%- for part in message['content'] -%}"
     yield "{%- if part['type'] == 'text' -%}{%- set ns.text = ns.text + part['text'] -%}"
     yield "{%- else -%}{%- set ns.pictures = ns.pictures + 1 -%}{%- endif -%}"
@@ -175,64 +226,39 @@ def _read() -> Iterator[str]:
 def _begin(form: Template, picture: str) -> Iterator[str]:
     """What stands before the first question."""
     if form.system is not None:
-        said = _quoted(form.default_system)
+        said = quoted(form.default_system)
         if form.default_system_input is not None:
-            said = f"{_quoted(form.default_system_input)} if message['input'] else {said}"
+            said = f"{quoted(form.default_system_input)} if message['input'] else {said}"
         yield f"{{%- if ns.system is none -%}}{{%- set ns.system = {said} -%}}{{%- endif -%}}"
-    yield from _write(form.start, picture)
+    yield from begin(form, picture)
     if form.system is not None:
-        yield "{%- if ns.system -%}"
-        yield from _write(form.system, picture, text="ns.system")
+        around, told = around_system(form)
+        yield f"{{%- if ns.system{told} -%}}"
+        yield from write(form.system, picture, text="ns.system", around=around)
         if form.no_system:
             yield "{%- else -%}"
-            yield from _write(form.no_system, picture)
+            yield from write(form.no_system, picture)
         yield "{%- endif -%}"
-    yield from _write(form.first, picture)
+    yield from write(form.first, picture)
 
 
 def _ask(form: Template, picture: str) -> Iterator[str]:
     """A question."""
+    around = around_question(form)
     if form.user_input is not None:
         yield "{%- if message['input'] -%}"
-        yield from _write(form.user_input, picture)
+        yield from write(form.user_input, picture, around=around)
         yield "{%- else -%}"
     else:
         yield "{%- if message['input'] -%}{%- set ns.text = ns.text + '\\n' + message['input'] -%}{%- endif -%}"
     if form.user_system is not None:
-        yield "{%- if ns.system and ns.turns == 0 -%}"
-        yield from _write(form.user_system, picture)
+        yield f"{{%- if (ns.system{around_system(form)[1]}) and ns.turns == 0 -%}}"
+        yield from write(form.user_system, picture, around=around)
         yield "{%- else -%}"
     if not any(isinstance(item, str) and SLOT.search(item) for item in form.user):
         yield "{%- if ns.text.strip() -%}{{- raise_exception('This template takes pictures alone') -}}{%- endif -%}"
-    yield from _write(form.user, picture)
+    yield from write(form.user, picture, around=around)
     if form.user_system is not None:
         yield "{%- endif -%}"
     if form.user_input is not None:
         yield "{%- endif -%}"
-
-
-def _write(form: Form, picture: str, *, text: str = "ns.text") -> Iterator[str]:
-    """Write a form; text: the variable that holds the turn's."""
-    slots = {"text": text, "strip": f"{text}.strip()", "rstrip": f"{text}.rstrip()", "input": "message['input']"}
-    for item in form:
-        if isinstance(item, Pictures):
-            shown = _quoted(picture + item.after)
-            yield f"{{%- for _ in range(ns.pictures) -%}}{{{{- {shown} -}}}}{{%- endfor -%}}"
-            yield "{%- set ns.pictures = 0 -%}"
-        elif isinstance(item, Control):
-            name = {"bos": "bos_token", "eos": "eos_token"}.get(item.name, _quoted(item.name))
-            yield f"{{{{- {name} -}}}}"
-        else:
-            at, terms = 0, []
-            for slot in SLOT.finditer(item):
-                terms += [_quoted(item[at : slot.start()])] if slot.start() > at else []
-                terms.append(slots[slot[1]])
-                at = slot.end()
-            terms += [_quoted(item[at:])] if at < len(item) else []
-            yield f"{{{{- {' + '.join(terms)} -}}}}"
-
-
-def _quoted(text: str) -> str:
-    """A text as a literal of jinja, which reads backslashes as Python does."""
-    escaped = text.encode("unicode_escape").decode("ascii").replace("'", "\\'")
-    return f"'{escaped}'"

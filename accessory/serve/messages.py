@@ -1,4 +1,4 @@
-"""Conversations as programs write them - text, messages, content parts - to turns and pictures.
+"""Conversations as programs write them - text, messages, content parts, tools - to turns and pictures.
 
 Must not know engines. What makes no sense is a ValueError that says why.
 """
@@ -6,6 +6,7 @@ Must not know engines. What makes no sense is a ValueError that says why.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accessory.config import nearest
@@ -19,15 +20,26 @@ _KINDS = ("text", "image", "image_url")
 
 
 def read_messages(
-    asked: str | Sequence[Any], images: Sequence[PictureSource] = (), *, system: str | None = None
+    asked: str | Sequence[Any],
+    images: Sequence[PictureSource] = (),
+    *,
+    system: str | None = None,
+    tools: Any = None,
 ) -> tuple[list[Turn], list[PictureSource]]:
     """Turns, and the pictures in the order of their places.
 
     asked: a question; or messages under role and content (or from and value), whose content is text or a list of parts
     of type text, image or image_url; or Turns. images: for `<image>` in the users' texts, in order, those without a
-    place before the first question; and for parts that name no source. system: where the messages have none.
+    place before the first question; and for parts that name no source. system: where the messages have none. tools:
+    definitions as OpenAI has them.
+
+    As OpenAI's clients write them: developer is system; an assistant may have tool_calls beside a content or none; tool
+    is the result of the call of its tool_call_id, and results that name their calls stand in the order of the calls;
+    name is passed over, as no template writes it. Messages of the system at the beginning, and of the user in a row,
+    are one turn each, with a blank line between: most templates know one alone.
     """
-    from accessory.data.template import Turn
+    from accessory.data.feed.talk import ordered
+    from accessory.data.template import Turn, read_tools
 
     images = _several(images)
     if isinstance(asked, str):
@@ -35,12 +47,17 @@ def read_messages(
     if not isinstance(asked, Sequence) or not asked:
         raise ValueError(f"messages: got {asked!r:.60}, expected text or a list of messages")
     turns, found = list[Any](), list[Any]()
-    for message in asked:
+    for message in ordered(asked):
         turn, more = (message, []) if isinstance(message, Turn) else _turn(message)
-        turns.append(turn)
+        if turns and not isinstance(message, Turn) and _follows(turns, turn):
+            turns[-1] = _joined(turns[-1], turn)
+        else:
+            turns.append(turn)
         found += more
     if system is not None and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
+    if tools:
+        turns.insert(int(turns[0].role == "system"), Turn("tools", read_tools(tools)))
     if any(isinstance(message, Turn) and message.pictures for message in asked):
         return turns, images
     if not found:
@@ -54,16 +71,29 @@ def read_messages(
 
 def _turn(message: Any) -> tuple[Turn, list[Any]]:
     """One message as a turn, and its pictures; None for a part that names none."""
-    from accessory.data.feed.records import ROLES
-    from accessory.data.template import Turn
+    from accessory.data.feed.talk import ROLES, calls_in, speaker
+    from accessory.data.template import Turn, read_calls
 
     if not isinstance(message, Mapping):
         raise ValueError(f"messages: got {message!r:.60}, expected a mapping with role and content")
-    who = message.get("role", message.get("from"))
-    role = ROLES.get(who.strip().lower()) if isinstance(who, str) else None
+    who, role, calls = message.get("role", message.get("from")), speaker(message), calls_in(message)
     if role is None:
         raise ValueError(f"messages: got a message of {who!r:.40}; {nearest(str(who), ROLES)}")
     content = message.get("content", message.get("value"))
+    if calls is not None:
+        if role != "assistant":
+            raise ValueError(f"messages: got calls of tools by {who!r:.40}, expected them of the assistant; move them")
+        said, pictures = _content("assistant", content or "")
+        return Turn("function", calls[0], said.pictures, preface=said.text, places=said.places), pictures
+    if role == "function":
+        return Turn(role, read_calls(content)), []
+    return _content(role, content)
+
+
+def _content(role: str, content: Any) -> tuple[Turn, list[Any]]:
+    """A content, text or parts, as a turn, and its pictures."""
+    from accessory.data.template import Turn
+
     if isinstance(content, str):
         return Turn(role, content), []
     if not isinstance(content, Sequence):
@@ -74,12 +104,28 @@ def _turn(message: Any) -> tuple[Turn, list[Any]]:
         if kind not in _KINDS:
             raise ValueError(f"messages: got the part {part!r:.60}, expected one of type {', '.join(_KINDS)}")
         if kind == "text":
-            text += str(part.get("text", ""))
+            said = part.get("text", "")
+            if not isinstance(said, str):
+                raise ValueError(f"messages: got the text {said!r:.40} in a part, expected text; mend it")
+            text += said
             continue
         source = part.get(kind) or part.get("path") or part.get("url")
         pictures.append(source.get("url") if isinstance(source, Mapping) else source)
         places += [len(text)] * bool(text)  # those before all text stand where the template puts them
     return Turn(role, text, pictures=len(pictures), places=tuple(places)), pictures
+
+
+def _follows(turns: Sequence[Turn], turn: Turn) -> bool:
+    """Whether a turn goes on with the last one: the user's, and the system's at the beginning."""
+    return turn.role == turns[-1].role and (turn.role == "user" or (turn.role == "system" and len(turns) == 1))
+
+
+def _joined(one: Turn, other: Turn) -> Turn:
+    """Two turns of one speaker as one."""
+    start = f"{one.text}\n\n" if one.text else ""
+    leading = other.pictures - len(other.places) if start else 0
+    places = (*one.places, *[len(start)] * leading, *(len(start) + place for place in other.places))
+    return replace(one, text=start + other.text, pictures=one.pictures + other.pictures, places=places)
 
 
 def _several(images: Any) -> list[Any]:

@@ -57,8 +57,8 @@ ASKED = 3  # pictures whose host gave no answer that are tried when the cache is
 DAY = 86400.0  # seconds
 KEPT = 90 * DAY  # for so long a cache that no run opens stays
 ALONE = 2 << 20  # bytes of data up to which other processes are not worth their start
-_CODE = ("choose", "files", "columns", "records", "fit", "tokenise", "build", "split", "store", "sources", "survey")
-_BESIDE = ("template/forms", "template/render", "encode", "tokenizer", "backends", "tokenizer_json", "tiles")
+_CODE = "choose files columns records fit tokenise build split store sources survey talk".split()
+_BESIDE = "template/forms template/render template/tools encode tokenizer backends tokenizer_json tiles".split()
 _PICTURES = ("pictures", "slots", "widths", "heights", "names", "name_ends")
 
 

@@ -46,10 +46,9 @@ OPENAI_TAGS = {
     "system_tag": "system",
 }
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
-TOOL_ROLES = ("observation", "function_call", "function", "tool", "tool_call", "tool_response", "ipython")
 _OF_ALPACA = ("prompt", "query", "response", "history", "system")
 _OF_DIALOGS = ("messages", "system")
-_UNUSED = {"tools": "tools", "videos": "videos", "video": "videos", "audios": "audio", "audio": "audio"}
+_UNUSED = {"videos": "videos", "video": "videos", "audios": "audio", "audio": "audio"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,11 @@ def renamed(row: Mapping[str, Any], reading: Reading, notes: Counter[str]) -> di
             new[name] = row.get(field)
         elif row.get(name):
             notes["fields_not_listed"] += 1
-    for meaning in ("tools", "videos", "audios"):
+    for meaning in ("videos", "audios"):
         new[meaning] = row.get(reading.field(meaning) or meaning)
+    tools = reading.field("tools")
+    new["tools"] = row.get(tools) if tools else None
+    notes["fields_not_listed"] += tools is None and is_filled(row.get("tools"))
     pictures = reading.field("images")
     if pictures is not None:
         new["images"] = row.get(pictures)
@@ -104,24 +106,15 @@ def renamed(row: Mapping[str, Any], reading: Reading, notes: Counter[str]) -> di
 
 
 def refuse(row: Mapping[str, Any]) -> None:
-    """ValueError for a row that has more than questions, answers and pictures: nothing is dropped silently."""
-    if _filled(row.get("rejected_response")) or (_filled(row.get("chosen")) and _filled(row.get("rejected"))):
+    """ValueError for a row that has more than questions, answers, pictures and tools: nothing is dropped silently."""
+    if is_filled(row.get("rejected_response")) or (is_filled(row.get("chosen")) and is_filled(row.get("rejected"))):
         raise ValueError(
             "got a chosen and a rejected answer, expected one answer, since preferences are not learned here; "
             "keep the chosen one alone"
         )
     for name, what in _UNUSED.items():
-        if _filled(row.get(name)):
+        if is_filled(row.get(name)):
             raise ValueError(f"{name}: got {what}, expected none, since no model here takes them; drop the row")
-
-
-def refuse_role(who: str) -> None:
-    """ValueError for a turn of a tool or of a call of one."""
-    if who in TOOL_ROLES:
-        raise ValueError(
-            f"got a turn of {who!r}, expected user, assistant or system, since no template here writes calls of tools; "
-            "drop the row"
-        )
 
 
 def filled(value: Any, placeholders: Mapping[str, str]) -> Any:
@@ -149,16 +142,16 @@ def _turn(entry: Any, reading: Reading) -> Any:
         reading.tag("observation_tag"): "observation",
         reading.tag("function_tag"): "function_call",
     }
+    if reading.formatting == "openai":
+        speakers.setdefault("developer", "system")
     who = entry[role]
     known = speakers.get(who) if isinstance(who, str) else None
     if known is None:
-        if isinstance(who, str):
-            refuse_role(who)
         raise ValueError(f"got a turn of {who!r:.40}, expected one of {', '.join(speakers)}; mend it, or its tags")
-    extra = {name: entry[name] for name in ("tool_calls", "function_call") if name in entry}
+    extra = {name: entry[name] for name in ("tool_calls", "function_call", "tool_call_id") if name in entry}
     return {"from": known, "value": entry.get(content), **extra}
 
 
-def _filled(value: Any) -> bool:
+def is_filled(value: Any) -> bool:
     """Whether a field says anything."""
     return bool(value.strip()) and value.strip() not in ("[]", "{}", "null") if isinstance(value, str) else bool(value)

@@ -46,26 +46,27 @@ class Fitter:
     def fit(self, turns: Sequence[Turn], template: str, counts: Sequence[int] | None = None) -> Fitted | None:
         """A conversation in at most cutoff_len positions; None where that cannot be.
 
-        What goes, in this order, and no more of it than needed: whole exchanges, the oldest first (the system text and
-        all pictures stay; those of exchanges that go open the first question that stays); of the exchange that is left
-        the end of its input, then the end of the question, then the end of the system text, while these three keep at
-        least half of the room; then the end of the answer. What the template writes always stays, and with it BOS,
-        the opening of the answer and the stop token; so does a first token of the answer. counts: as for `encode`.
+        What goes, in this order, and no more of it than needed: whole exchanges, the oldest first, calls of tools and
+        their results with the question that they are for (the system text, the tools and all pictures stay; those of
+        exchanges that go open the first question that stays); of the exchange that is left the end of its input, then
+        the end of the question, then the end of the system text, while these three keep at least half of the room; then
+        the end of the answer. What the template writes always stays, and with it BOS, the opening of the answer and the
+        stop token; so do tools, calls and results, and a first token of the answer. counts: as for `encode`.
         """
         form = get_template(template)
         whole = self.encode(turns, form, counts)
         limit = self.config.cutoff_len
         if len(whole.ids) <= limit or self.config.overlong != "truncate":
             return Fitted(whole, len(whole.ids)) if len(whole.ids) <= limit else None
-        system = [turn for turn in turns[:1] if turn.role == "system"]
-        rest = list(turns[len(system) :])
-        exchanges = len(rest) // 2
+        head = [turn for turn in turns[:2] if turn.role in ("system", "tools")]
+        rest = list(turns[len(head) :])
+        starts = [at for at, turn in enumerate(rest) if turn.role == "user"]
 
         def fits(gone: int) -> bool:
-            return len(self.encode(_later(system, rest, gone), form, counts).ids) <= limit
+            return len(self.encode(_later(head, rest, starts[gone]), form, counts).ids) <= limit
 
-        gone = _least(exchanges - 1, fits)
-        kept = _later(system, rest, exchanges - 1 if gone is None else gone)
+        gone = _least(len(starts) - 1, fits)
+        kept = _later(head, rest, starts[-1 if gone is None else gone])
         fitted = self.encode(kept, form, counts) if gone is not None else self._cut(kept, form, counts)
         return None if fitted is None else Fitted(fitted, len(whole.ids))
 
@@ -74,14 +75,17 @@ class Fitter:
         limit = self.config.cutoff_len
         texts = _texts(turns)
         spans = [self.tokenizer.spans(text) for text in texts]
+        said = turns[-1].role == "assistant"  # calls are never cut, and so no text
         frame = len(self.encode(_with(turns, ["", "", "", texts[3][:1]]), form, counts).ids)
-        room = limit - frame + 1
+        room = limit - frame + said
         for _ in range(_TRIES):
+            if room < said:
+                return None
             shares = _shares([len(span) for span in spans], room)
-            if shares[3] < 1:
+            if shares[3] < said:
                 return None
             short = [_first(text, span, count) for text, span, count in zip(texts, spans, shares, strict=True)]
-            if not short[3].strip():
+            if said and not short[3].strip():
                 return None
             encoded = self.encode(_with(turns, short), form, counts)
             if len(encoded.ids) <= limit:
@@ -101,23 +105,24 @@ def _least(top: int, fits: Callable[[int], bool]) -> int | None:
     return low
 
 
-def _later(system: list[Turn], rest: list[Turn], gone: int) -> list[Turn]:
-    """The conversation without its first exchanges, whose pictures open the first question that stays."""
-    pictures = sum(turn.pictures for turn in rest[: 2 * gone])
-    first = rest[2 * gone]
-    return [*system, replace(first, pictures=first.pictures + pictures), *rest[2 * gone + 1 :]]
+def _later(head: list[Turn], rest: list[Turn], start: int) -> list[Turn]:
+    """The conversation from a later question on, which the pictures of those before open."""
+    pictures = sum(turn.pictures for turn in rest[:start])
+    first = rest[start]
+    return [*head, replace(first, pictures=first.pictures + pictures), *rest[start + 1 :]]
 
 
 def _texts(turns: list[Turn]) -> list[str]:
-    """Input, question, system and answer of one exchange."""
+    """Input, question, system and answer of one exchange; no answer where it ends with calls."""
     system = turns[0].text if turns[0].role == "system" else ""
-    return [turns[-2].input, turns[-2].text, system, turns[-1].text]
+    asked = next(turn for turn in turns if turn.role == "user")
+    return [asked.input, asked.text, system, turns[-1].text if turns[-1].role == "assistant" else ""]
 
 
 def _with(turns: list[Turn], texts: list[str]) -> list[Turn]:
     """One exchange with other texts."""
-    system = [Turn("system", texts[2])] if turns[0].role == "system" else []
-    return [*system, replace(turns[-2], input=texts[0], text=texts[1]), replace(turns[-1], text=texts[3])]
+    new = {"system": {"text": texts[2]}, "user": {"input": texts[0], "text": texts[1]}, "assistant": {"text": texts[3]}}
+    return [replace(turn, **new.get(turn.role, {})) for turn in turns]
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:

@@ -14,21 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accessory.config import nearest
-from accessory.data.feed.columns import filled, refuse, refuse_role, renamed
+from accessory.data.feed.columns import filled, is_filled, refuse, renamed
 from accessory.data.feed.sources import Source
+from accessory.data.feed.talk import ROLES, calls_in, gathered, ordered, speaker
 from accessory.data.picture import as_name
-from accessory.data.template import PLACE, Turn, tagged
+from accessory.data.template import PLACE, Turn, read_calls, read_tools, tagged
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
 TEXTS = ("text", "content")
 
 
@@ -67,8 +58,9 @@ def to_sample(row: Any, source: Source, *, seed: int, number: int, answered: boo
     """Read a row: alpaca, a conversation under any of its names, LLaVA's, ms-swift's, or a caption.
 
     seed, number: of the run and of the row, by which one of several captions is drawn. answered: False also takes a row
-    whose last question has no answer. Raises ValueError for anything else, for an empty answer, an unknown role, a
-    row of tools, preferences, videos or audio, and places that do not match the pictures.
+    whose last question has no answer. Definitions of tools are a turn of their own after the system text, calls and
+    results turns where they stand. Raises ValueError for anything else, for an empty answer, an unknown role, a row of
+    preferences, videos or audio, and places that do not match the pictures.
     """
     notes: Counter[str] = Counter()
     row = _mapping(row)
@@ -93,9 +85,11 @@ def to_sample(row: Any, source: Source, *, seed: int, number: int, answered: boo
         remedy = "set stage to pt for plain text" if set(TEXTS) & set(row) else "rename its fields"
         wanted = "instruction and output, query and response, or conversations"
         raise ValueError(f"got the fields {_fields(row)}, expected {wanted}; {remedy}")
+    if is_filled(row.get("tools")):
+        said.insert(int(said[0].role == "system"), Turn("tools", read_tools(row["tools"])))
     turns = _placed(said, pictures, notes, inside)
     if source.preprocess == "single_turn_llava":
-        first = 3 if turns[0].role == "system" else 2
+        first = 2 + sum(turn.role in ("system", "tools") for turn in turns[:2])
         notes["turns_left_out"] += len(turns[first:])
         turns, said = turns[:first], said[:first]
         pictures = pictures[: sum(turn.pictures for turn in turns)]
@@ -140,19 +134,20 @@ def _dialog(row: Mapping[str, Any], notes: Counter[str], answered: bool) -> tupl
     if not isinstance(said, Sequence) or isinstance(said, str) or not said:
         raise ValueError(f"{key}: got {said!r:.60}, expected a list of turns")
     turns, pictures = _system(row), list[str | None]()
-    for entry in said:
+    for entry in ordered(said):
         turn, more = _turn(entry)
         if turn.role == "system" and turns and turns[0].role == "system" and len(turns) == 1:
             turns = []  # a conversation's own system text goes before the row's
         turns.append(turn)
         pictures += more
+    turns = gathered(turns)
     opening = [turn for turn in turns[:1] if turn.role == "system"]
     rest = turns[len(opening) :]
     before = len(rest)
-    while rest and rest[0].role == "assistant":
+    while rest and rest[0].role in ("assistant", "function", "tool"):
         del rest[0]
-    while answered and rest and rest[-1].role == "user":
-        if rest[-1].pictures or (_marks(rest[-1]) and _pictures(row)):
+    while answered and rest and rest[-1].role in ("user", "tool"):
+        if rest[-1].pictures or (rest[-1].role == "user" and _marks(rest[-1]) and _pictures(row)):
             raise ValueError("conversations: got a picture in a last question, expected its answer; add it")
         del rest[-1]
     notes["turns_left_out"] += before - len(rest)
@@ -168,17 +163,20 @@ def _turn(entry: Any) -> tuple[Turn, list[str | None]]:
     """One turn and the pictures that its content lists."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"conversations: got the turn {entry!r:.60}, expected a mapping")
-    who = entry.get("from", entry.get("role"))
-    if isinstance(who, str):
-        refuse_role(who.strip().lower())
-    if entry.get("tool_calls") or entry.get("function_call"):
-        refuse_role("function_call")
-    role = ROLES.get(who.strip().lower()) if isinstance(who, str) else None
+    who, role, calls = entry.get("from", entry.get("role")), speaker(entry), calls_in(entry)
     if role is None:
         raise ValueError(f"conversations: got a turn of {who!r:.40}; {nearest(str(who), ROLES)}")
     text = entry.get("value", entry.get("content"))
     pictures: list[str | None] = []
     places: list[int] = []
+    if calls is not None:
+        if role != "assistant" or not isinstance(text or "", str):
+            raise ValueError(f"conversations: got calls of {who!r:.40} beside {text!r:.40}, expected the assistant's")
+        return Turn("function", calls[0], preface=text or ""), []
+    if role == "function":
+        return Turn(role, read_calls(text)), []
+    if role == "tool" and isinstance(text, Mapping):
+        text = json.dumps(text, ensure_ascii=False)
     if isinstance(text, Sequence) and not isinstance(text, str):
         text, pictures, places = _parts(text)
     if not isinstance(text, str):

@@ -35,15 +35,15 @@ class RawRow:
     where: str
     """path:number, for people."""
     turns: tuple[Turn, ...]
-    """What is asked: system, earlier exchanges, and the last question, with the places of its pictures."""
+    """What is asked: system, tools, earlier exchanges, and the last question, with the places of its pictures."""
     query: str
-    """The last question as the row has it, marks of pictures included."""
+    """The last question as the row has it, marks of pictures included; where calls were answered last, the results."""
     history: list[list[str]]
-    """Earlier questions and answers as the row has them."""
+    """Earlier questions and answers as the row has them; calls are answers, as JSON, and results questions."""
     system: str | None
     """None: the row has none."""
     label: str | None
-    """The last answer; None where the row ends with a question."""
+    """The last answer, calls as JSON; None where the row ends with a question."""
     pictures: tuple[str, ...]
     """Paths, http(s) URLs and data: URLs in the order of their places."""
     template: str | None
@@ -113,13 +113,14 @@ class Rows:
         sample = to_sample(value, source, seed=self._config.seed, number=raw.number, answered=False)
         self.report.update({name: count for name, count in sample.notes.items() if count})
         turns, said = list(sample.turns), list(sample.said)
-        label = said[-1].text if said[-1].role == "assistant" else None
+        label = _whole(said[-1]) if said[-1].role in ("assistant", "function") else None
         if label is not None:
             turns, said = turns[:-1], said[:-1]
         system = said[0].text if said[0].role == "system" else None
-        asked = [_whole(turn) for turn in said[system is not None :]]
-        for number, turn in enumerate(said[system is not None :]):
-            if turn.role != ("user", "assistant")[number % 2]:
+        said = _taken_turns([turn for turn in said if turn.role not in ("system", "tools")])
+        asked = [_whole(turn) for turn in said]
+        for number, turn in enumerate(said):
+            if turn.role not in (("user", "tool"), ("assistant", "function"))[number % 2]:
                 raise ValueError(f"conversations: got a turn of {turn.role!r} where the other one is to speak")
         return RawRow(
             id=f"{self._ids[stretch.file]}:{raw.number}",
@@ -171,8 +172,21 @@ def _rooted(source: Source, path: Path) -> Source:
     return replace(source, root=source.root or str(path.parent))
 
 
+def _taken_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns with the results of several calls as one."""
+    done: list[Turn] = []
+    for turn in turns:
+        if turn.role == "tool" and done and done[-1].role == "tool":
+            done[-1] = replace(done[-1], text=f"{done[-1].text}\n{turn.text}")
+        else:
+            done.append(turn)
+    return done
+
+
 def _whole(turn: Turn) -> str:
-    """A turn in one text, its input behind it."""
+    """A turn in one text, its input behind it, calls behind what is said before them."""
+    if turn.preface:
+        return f"{turn.preface}\n{turn.text}"
     return f"{turn.text}\n{turn.input}" if turn.input else turn.text
 
 

@@ -1,6 +1,8 @@
 """Prompt templates as data, and the one renderer of a conversation for training, chat and serving.
 Knows no tokenizer: control tokens go out by name, pictures by number, text as text."""
 
+from accessory.data.template.calls import CallDelta, CallReader
+from accessory.data.template.demand import demand
 from accessory.data.template.forms import (
     BOS,
     EOS,
@@ -12,11 +14,22 @@ from accessory.data.template.forms import (
     Pictures,
     Template,
     Text,
+    Tools,
     Turn,
     tagged,
 )
-from accessory.data.template.names import ALIASES, DIALECTS, TEMPLATES, get_template, is_jinja, label, qualify
+from accessory.data.template.names import (
+    ALIASES,
+    DIALECTS,
+    TEMPLATES,
+    get_template,
+    is_jinja,
+    label,
+    qualify,
+    tools_of,
+)
 from accessory.data.template.render import render
+from accessory.data.template.tools import read_calls, read_tools
 
 __all__ = [
     "ALIASES",
@@ -25,6 +38,8 @@ __all__ = [
     "EOS",
     "PLACE",
     "TEMPLATES",
+    "CallDelta",
+    "CallReader",
     "Control",
     "Form",
     "Part",
@@ -32,11 +47,16 @@ __all__ = [
     "Pictures",
     "Template",
     "Text",
+    "Tools",
     "Turn",
+    "demand",
     "get_template",
     "is_jinja",
     "label",
     "qualify",
+    "read_calls",
+    "read_tools",
     "render",
     "tagged",
+    "tools_of",
 ]

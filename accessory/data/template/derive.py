@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
-from typing import Any
 
-from accessory.data.template.forms import PLACE, Control, Form, Part, Pictures, Template, Text, Turn
+from accessory.data.template.derive_tools import with_tools
+from accessory.data.template.forms import PLACE, Control, Form, Pictures, Template, Turn
 from accessory.data.template.render import render
 from accessory.data.template.sandbox import BOS_MARK, EOS_MARK, Jinja
+from accessory.data.template.writer import ASKED, SAID, SYSTEM, TOKEN, Writer, as_form, joined, written
 
-_TOKEN = re.compile(rf"{BOS_MARK}|{EOS_MARK}|<\|[^<>|\s]+\|>|\[/?[A-Z][A-Z_]*\]|<[a-z_]+_of_[a-z_]+>|</?s>")
-_UNIT = re.compile(rf"{_TOKEN.pattern}|.", re.DOTALL)
-SYSTEM, ASKED, SAID = "\ue010s\ue010", ("\ue011q\ue011", "\ue012r\ue012"), ("\ue013a\ue013", "\ue014b\ue014")
+_UNIT = re.compile(rf"{TOKEN.pattern}|.", re.DOTALL)
 _TALK = [
     Turn("user", ASKED[0]),
     Turn("assistant", SAID[0]),
@@ -33,48 +32,10 @@ def from_jinja(text: str) -> Template:
     writer = Writer(Jinja(text))
     for template in _guesses(writer):
         if agrees(writer, template) and _whole(template):
-            return template
+            return with_tools(writer, template)
     raise ValueError(
         "chat template: got one whose text does not follow from its turns alone, expected start, system and exchanges; "
         "name a template"
-    )
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A chat template that takes turns, whichever form of content it wants."""
-
-    jinja: Jinja
-
-    @functools.cached_property
-    def parts(self) -> bool:
-        """Whether contents must be lists of parts, as processors of pictures have them."""
-        try:
-            return ASKED[0] not in self.jinja([{"role": "user", "content": ASKED[0]}], opened=True)
-        except ValueError:
-            return True
-
-    def __call__(self, turns: Sequence[Turn]) -> str:
-        """What the chat template writes; open where the user spoke last. Raises ValueError."""
-        return self.jinja([self._message(turn) for turn in turns], opened=turns[-1].role == "user")
-
-    def _message(self, turn: Turn) -> dict[str, Any]:
-        if not self.parts and not turn.pictures:
-            return {"role": turn.role, "content": turn.text}
-        pictures = [{"type": "image"}] * turn.pictures
-        return {"role": turn.role, "content": [*pictures, {"type": "text", "text": turn.text}]}
-
-
-def written(template: Template, turns: Sequence[Turn]) -> str:
-    """What a template writes, as text."""
-    return _joined(render(template, turns, open_answer=turns[-1].role == "user"))
-
-
-def _joined(parts: Sequence[Part]) -> str:
-    marks = {"bos": BOS_MARK, "eos": EOS_MARK}
-    return "".join(
-        part.text if isinstance(part, Text) else marks.get(part.name, part.name) if isinstance(part, Control) else PLACE
-        for part in parts
     )
 
 
@@ -124,17 +85,17 @@ def _guesses(writer: Writer) -> Iterator[Template]:
     start, system, silent, opening, default = _heads(writer, before)
     pictures, cut = _pictures(writer, first, before, between)
     for asked, said, told in product(("text", "strip"), ("text", "strip"), ("text", "strip")):
-        user = (*pictures, *_form(cut), f"{{{asked}}}", *_form(after))
+        user = (*pictures, *as_form(cut), f"{{{asked}}}", *as_form(after))
         begun, opened = (start, opening) if not cut else _shortened(start, opening, cut)
         made = Template(
-            start=_form(begun),
-            first=_form(opened),
+            start=as_form(begun),
+            first=as_form(opened),
             user=user,
-            answer=(*_form(lead), f"{{{said}}}", *_form(tail)),
-            between=_form(between[: len(between) - len(cut)]),
-            end=_form(end),
-            system=None if system is None else (*_form(system[0]), f"{{{told}}}", *_form(system[1])),
-            no_system=_form(silent),
+            answer=(*as_form(lead), f"{{{said}}}", *as_form(tail)),
+            between=as_form(between[: len(between) - len(cut)]),
+            end=as_form(end),
+            system=None if system is None else (*as_form(system[0]), f"{{{told}}}", *as_form(system[1])),
+            no_system=as_form(silent),
             default_system=default,
             stop_controls=_stops(tail),
         )
@@ -188,7 +149,7 @@ def _shortened(start: str, opening: str, cut: str) -> tuple[str, str]:
 def _whole(template: Template) -> bool:
     """Whether every control token in what a template writes is one to the template."""
     parts = render(template, [*([_SYSTEM] if template.system is not None else []), *_TALK], open_answer=False)
-    return sum(isinstance(part, Control) for part in parts) == sum(1 for _ in _TOKEN.finditer(_joined(parts)))
+    return sum(isinstance(part, Control) for part in parts) == sum(1 for _ in TOKEN.finditer(joined(parts)))
 
 
 def _shared(one: str, other: str, *, end: bool = False) -> str:
@@ -200,27 +161,15 @@ def _shared(one: str, other: str, *, end: bool = False) -> str:
 
 def _tail(common: str) -> str:
     """What ends an answer and is learned: up to the last control token, all where there is none."""
-    tokens = list(_TOKEN.finditer(common))
+    tokens = list(TOKEN.finditer(common))
     ends = next((token.end() for token in tokens if token[0] != BOS_MARK), None)
     return common[:ends]
 
 
 def _stops(tail: str) -> tuple[str, ...]:
     """Control tokens that end an answer."""
-    names = [token[0] for token in _TOKEN.finditer(tail) if token[0] != EOS_MARK]
+    names = [token[0] for token in TOKEN.finditer(tail) if token[0] != EOS_MARK]
     return (*names, "eos")
-
-
-def _form(text: str) -> Form:
-    """A written text as a form: control tokens by name, where the tokenizer has them."""
-    items: list[str | Control] = []
-    at = 0
-    for token in _TOKEN.finditer(text):
-        items += [text[at : token.start()]] if token.start() > at else []
-        role = {BOS_MARK: "bos", EOS_MARK: "eos"}.get(token[0])
-        items.append(Control(role) if role else Control(token[0], text=True))
-        at = token.end()
-    return (*items, text[at:]) if at < len(text) else tuple(items)
 
 
 def _split(text: str, mark: str) -> tuple[str, str]:

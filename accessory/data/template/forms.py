@@ -1,4 +1,4 @@
-"""What templates are made of: turns, the parts that are written, and forms with places for texts and pictures.
+"""What templates are made of: turns, the parts that are written, forms with places for texts and pictures, and tools.
 Knows no tokenizer and no template by name.
 
 A form is a tuple of strings, `Control`s and `Pictures`. In a string, {text} stands for the turn's text, {strip} for the
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 PLACE = "<image>"
 """A picture's place in texts of people and of other tools."""
 SLOT = re.compile(r"\{(text|strip|rstrip|input)\}")
+ROLES = ("system", "tools", "user", "assistant", "function", "tool")
+"""Who speaks: the tools that there are, as JSON (`tools.read_tools`); function: the assistant, who calls some of them
+(`tools.read_calls`); tool: what one call gave."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Turn:
     places: tuple[int, ...] = ()
     """Where in `text`, in characters, the last of the pictures stand; the others stand where the template puts them.
     A place beyond the text is its end; without pictures there are no places."""
+    preface: str = ""
+    """What the assistant says before the calls of a function turn."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,57 @@ LEARNED_EOS = Control("eos", supervised=True)
 
 
 @dataclass(frozen=True)
+class Tools:
+    """How a template writes tools, the assistant's calls, and their results.
+
+    In its forms {tools} stands for all definitions and {names} for their names; {name}, {quoted} and {arguments} for a
+    call's name, the same as JSON, and its arguments as a JSON object; {text} and {rstrip} for the text beside it.
+    """
+
+    kind: Literal["action", "tagged", "opening", "marked"]
+    """How calls are told from text (`CallReader`): by lines, between two tags, as JSON that opens the answer, as JSON
+    after a mark."""
+    tool: Literal["arguments", "line", "indented"]
+    """How a definition is written: its arguments a line each; as JSON on one line, or on several."""
+    call: Form
+    """One call; `call_begins`, `call_between` and `call_ends` stand around and between several."""
+    tool_between: str = "\n"
+    start: Form | None = None
+    """Where there are tools, the template's `start`."""
+    before_system: Form = ()
+    after_system: Form = ()
+    """Around the system text, within its form; they are written without a system text, too."""
+    joint: str = ""
+    """Between a system text, where there is one, and `after_system`."""
+    before_user: Form = ()
+    """Before the text of the first question."""
+    call_begins: Form = ()
+    call_between: Form = ("\n",)
+    call_ends: Form = ()
+    alone: bool = False
+    """A single call has nothing around it."""
+    preface: Form | None = ("{rstrip}\n",)
+    """What is said before calls; None: nothing can be."""
+    answer: Form | None = None
+    """Around calls; None: the template's `answer`."""
+    result: Form | None = None
+    """One result; None: the results, a line each, are a turn of the user."""
+    result_quoted: bool = False
+    """A result is written as a JSON string."""
+    result_begins: Form = ()
+    result_between: Form = ()
+    result_ends: Form = ()
+    mark: tuple[str, str] = ("", "")
+    """What opens and closes calls in an answer's text."""
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The control tokens that calls are told by, which are a part of an answer's text."""
+        forms = (*self.call, *self.call_begins, *self.call_between, *self.call_ends)
+        return tuple(dict.fromkeys(item.name for item in forms if isinstance(item, Control)))
+
+
+@dataclass(frozen=True)
 class Template:
     """How a conversation is written: start, system, first; user, opening, answer per exchange with `between` them; end.
 
@@ -100,6 +157,8 @@ class Template:
     """Strings that end an answer and are no part of it."""
     stop_controls: tuple[str, ...] = ("eos",)
     """Control tokens that end an answer, where the tokenizer has them."""
+    tools: Tools | None = None
+    """None: the template has no way to write tools."""
 
     @property
     def bare(self) -> bool:

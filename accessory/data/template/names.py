@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 
-from accessory.data.template.forms import Template
+from accessory.data.template.forms import Template, Tools
 from accessory.data.template.llamafactory import LLAMAFACTORY, LLAMAFACTORY_ALIASES
 from accessory.data.template.own import OWN, OWN_ALIASES
 from accessory.data.template.swift import SWIFT, SWIFT_ALIASES
@@ -33,6 +33,11 @@ def get_template(name: str, *, dialect: str = "accessory") -> Template:
         return from_jinja(name)
     dialect, key = _qualified(name, dialect)
     return DIALECTS[dialect][key]
+
+
+def tools_of(template: Template | str) -> Tools | None:
+    """How a template, or the template of a name, writes tools; None: it has no way to. ValueError for no name."""
+    return (get_template(template) if isinstance(template, str) else template).tools
 
 
 def qualify(name: str, *, dialect: str = "accessory") -> str:

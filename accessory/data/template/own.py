@@ -1,5 +1,9 @@
 """Accessory's own templates: the reference's, Meta's, and LLaVA's exact prompts.
 Knows no conversation: data alone.
+
+Tools: LLaMA 3's and ChatML's models have learned to call them and are asked as they have; Mistral's since its third
+tokenizer; Alpaca, Vicuna, LLaMA 2 and the dialog form have not, and get the format that is explained in words. What has
+no place for a system text (qg, caption, plain, none, tiny) has none for tools.
 """
 
 from __future__ import annotations
@@ -7,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from accessory.data.template.forms import BOS, EOS, Control, Pictures, Template
+from accessory.data.template.tools import ACTION, LLAMA3, MISTRAL, QWEN, QWEN_DIRECT
 
 _TASK = "Below is an instruction that describes a task"
 _WRITE = "Write a response that appropriately completes the request"
@@ -35,6 +40,7 @@ _ALPACA = Template(
     user_input=("### Instruction:\n{text}\n\n### Input:\n{input}\n\n### Response:",),
     answer=("{text}", EOS),
     between=(Pictures(), "\n\n"),
+    tools=ACTION,
 )
 _VICUNA = Template(
     system=("{text} ",),
@@ -42,6 +48,7 @@ _VICUNA = Template(
     user=("USER: ", Pictures("\n"), "{text}"),
     opening=(" ASSISTANT:",),
     answer=(" {text}", EOS),
+    tools=ACTION,
 )
 _LLAMA2 = Template(
     start=(BOS, INST, " "),
@@ -50,6 +57,7 @@ _LLAMA2 = Template(
     user_system=(Pictures("\n"), "{rstrip} ", END_INST),
     answer=(" {strip} ", EOS),
     between=(BOS, INST, " "),
+    tools=ACTION,
 )
 _LLAMA3 = Template(
     system=(START_HEADER, "system", END_HEADER, "\n\n{strip}", EOT),
@@ -57,6 +65,7 @@ _LLAMA3 = Template(
     opening=(START_HEADER, "assistant", END_HEADER, "\n\n"),
     answer=("{strip}", EOT),
     stop_controls=("<|eot_id|>", "<|eom_id|>", "eos"),
+    tools=LLAMA3,
 )
 _CHATML = Template(
     start=(),
@@ -67,6 +76,7 @@ _CHATML = Template(
     between=("\n",),
     end=("\n",),
     stop_controls=("<|im_end|>", "eos"),
+    tools=QWEN,
 )
 
 OWN: dict[str, Template] = {
@@ -82,6 +92,7 @@ OWN: dict[str, Template] = {
         answer=(" {text}\n###",),
         end=(EOS,),
         stops=("\n###",),
+        tools=ACTION,
     ),
     "shortqa": replace(
         _ALPACA,
@@ -125,6 +136,7 @@ OWN: dict[str, Template] = {
         user_system=None,
         answer=(" {text} ", EOS),
         between=(INST, " "),
+        tools=MISTRAL,
     ),
     "chatml_direct": replace(
         _CHATML,
@@ -133,6 +145,7 @@ OWN: dict[str, Template] = {
         user=(IM_START, "user\n", Pictures("\n"), "{text}", IM_END),
         between=(),
         end=(),
+        tools=QWEN_DIRECT,
     ),
     "llava_llama_3": replace(_LLAMA3, default_system=_HELPFUL),
     "qwen_1_5": replace(_CHATML, default_system="You are a helpful assistant."),

@@ -40,9 +40,13 @@ class Jinja:
         except TemplateError as error:
             raise ValueError(f"chat template: {error}; expected jinja as transformers reads it") from error
 
-    def __call__(self, messages: Messages, *, opened: bool = False) -> str:
-        """Write a conversation; opened: up to where the answer begins. ValueError where the template refuses it."""
-        values = {"bos_token": BOS_MARK, "eos_token": EOS_MARK, "add_generation_prompt": opened, "tools": None}
+    def __call__(self, messages: Messages, *, opened: bool = False, tools: Messages | None = None) -> str:
+        """Write a conversation; opened: up to where the answer begins; tools: definitions as OpenAI has them.
+
+        Raises ValueError where the template refuses it.
+        """
+        values = {"bos_token": BOS_MARK, "eos_token": EOS_MARK, "add_generation_prompt": opened}
+        values["tools"] = None if tools is None else json.loads(json.dumps(list(tools)))
         values |= {"messages": json.loads(json.dumps(list(messages))), "documents": None}
         written, begun = "", time.monotonic()
         try:

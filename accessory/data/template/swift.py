@@ -3,6 +3,7 @@ Knows no conversation: data alone.
 
 ms-swift 2.0 wrote some differently: Yi's picture before its turn, no end of Llama 3's system turn, no new line after a
 picture for Qwen, no further turns for Mistral. The models have not seen that in training, so it is not done again.
+Tools are written as in the templates of ours that these are.
 """
 
 from __future__ import annotations
