@@ -226,7 +226,7 @@ class Model:
 def serve(words: ModelWords, ranks: Ranks, *, rows: int) -> None:
     """On a rank that follows: take part until the leader closes."""
     bundle = open_bundle(words, ranks)
-    with open_engine(words, bundle, ranks, rows=rows, orientation="keep") as engine:
+    with open_engine(words, bundle, ranks, rows=rows, orientation="keep", for_good=False) as engine:
         engine.follow()
     dist.close()
 
@@ -245,7 +245,7 @@ def _leading(words: ModelWords, tp: int, rows: int) -> Model:
 
 def _opened(words: ModelWords, ranks: Ranks, *, rows: int, joined: bool = False) -> Model:
     bundle = open_bundle(words, ranks)
-    engine = open_engine(words, bundle, ranks, rows=rows, orientation="keep")
+    engine = open_engine(words, bundle, ranks, rows=rows, orientation="keep", for_good=False)
     return Model(bundle, engine, words=words, joined=joined)
 
 

@@ -5,6 +5,8 @@ Must not know what the ids mean. The weight is read only inside this module's fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region, reduce_from_model_parallel_region
@@ -38,6 +40,7 @@ class Head(nn.Module):
         self.cuts: dict[str, Cut] = {}
         self.hits: Tensor | None = None
         """Where it is a number: targets that the model itself would have said (ties count) are added to it."""
+        self.storage: nn.Module | None = None
         self._tied = [] if tied is None else [tied]  # in a list: the weight is registered, and saved, once
         if tied is None:
             self.cuts["weight"] = self.slice
@@ -49,11 +52,23 @@ class Head(nn.Module):
         With labels [...] (targets of these very positions, -100 ignored): (sum of the losses, number of targets),
         both fp32 scalars; at most CHUNK logits exist at a time, and never those of the whole vocabulary on one rank.
         """
-        weight = self._tied[0].weight if self._tied else self.weight
         hidden = enter_region(hidden, self.shard)
+        if self.storage is not None:
+            assert labels is None, "a head that only answers has no loss"
+            return self._whole(self.storage(hidden))
+        weight = self._tied[0].weight if self._tied else self.weight
         if labels is not None:
             return self._loss(hidden.flatten(0, -2), weight, labels.flatten())
-        logits = multiply(hidden, weight)
+        return self._whole(multiply(hidden, weight))
+
+    def store(self, make: Callable[[Tensor], nn.Module]) -> None:
+        """Let a module hold the weight in its own way, (hidden) -> local logits, for inference; a tied one is copied."""
+        self.storage = make((self._tied[0].weight if self._tied else self.weight).detach())
+        if not self._tied:
+            self.weight = None
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """All ranks' logits, without the padding."""
         if self.shard.size > 1:
             logits = gather_from_model_parallel_region(logits)
         return logits[..., : self.vocab_size].float()

@@ -62,7 +62,7 @@ class Linear(nn.Module):
     `cuts` says which slice of each of its tensors this rank holds. `adapter` (PEFT) adds to the local product,
     (linear, x, y) -> y';
     `storage` (quantisation) is a module that holds the weight in its own way and multiplies, (x, bias) -> y;
-    `pack` is the joined storage of several linears that read the same input (see `pack`).
+    `pack` is the joined storage of several linears that read the same input (see `pack`), or a module, x -> all y.
     """
 
     weight: nn.Parameter | None
@@ -75,7 +75,7 @@ class Linear(nn.Module):
         self.cuts: dict[str, Cut] = {}
         self.adapter: Callable[[Linear, Tensor, Tensor], Tensor] | None = None
         self.storage: nn.Module | None = None
-        self.pack: Tensor | None = None
+        self.pack: Tensor | nn.Module | None = None
         self.add_tensor("weight", cut, device=device, dtype=dtype)
         self.register_parameter("bias", None)
         if bias:
@@ -285,11 +285,18 @@ def together(x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
     """The local outputs of Column linears that read the same `x`: one `enter`, and one product where packed."""
     x = linears[0].enter(x)
     joined = linears[0].pack
+    if isinstance(joined, nn.Module):
+        return _split(joined(x), x, linears)
     if joined is None or torch.is_grad_enabled() or any(linear.storage is not None for linear in linears):
         return [linear.matmul(x) for linear in linears]
     if not torch.compiler.is_compiling():  # which knows no addresses
         ends = (linears[0].weight.data_ptr() - joined.data_ptr(), linears[-1].weight.untyped_storage().data_ptr())
         assert ends == (0, joined.untyped_storage().data_ptr()), "a packed weight was replaced: write into it instead"
-    parts = multiply(x, joined).split([linear.weight.shape[0] for linear in linears], dim=-1)
+    return _split(multiply(x, joined), x, linears)
+
+
+def _split(y: Tensor, x: Tensor, linears: Sequence[Linear]) -> list[Tensor]:
+    """Each linear's part of a joined product, with its bias and what PEFT adds."""
+    parts = y.split([linear.cuts["weight"].local_shape[0] for linear in linears], dim=-1)
     biased = [part if lin.bias is None else part + lin.bias for part, lin in zip(parts, linears, strict=True)]
     return [linear.adapt(part, x) for part, linear in zip(biased, linears, strict=True)]

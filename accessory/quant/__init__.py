@@ -1,8 +1,9 @@
-"""Quantised storage for linears: swaps a Linear's weight and its product, nothing else.
+"""Other storage for linears, quantised or reordered: swaps a Linear's weight and its product, nothing else.
 
 Must not know which model the linears belong to, nor where weights come from.
 """
 
 from accessory.quant.nf4 import Nf4, quantise
+from accessory.quant.repacked import repack
 
-__all__ = ["Nf4", "quantise"]
+__all__ = ["Nf4", "quantise", "repack"]

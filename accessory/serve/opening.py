@@ -42,6 +42,10 @@ def check_words(model: ModelWords, generation: GenerationWords | None = None) ->
         get_template(model.template)
     if model.model_type is not None and not model.model_name_or_path:
         find_model(model.model_type)
+    if model.infer_backend == "vllm":
+        from accessory.serve.vllm_folder import check_vllm
+
+        check_vllm(model)
     if model.max_seq_len is not None and model.max_seq_len < 2:
         raise ValueError(f"max_seq_len: got {model.max_seq_len}, expected at least 2 tokens")
     for name in ("tensor_parallel_size", "nproc_per_node"):
@@ -62,9 +66,26 @@ def start_ranks(words: ModelWords, *, argv: Sequence[str] | None = None, timeout
 
     argv: what followers run; none: this command. timeout: seconds that a collective may take.
     """
+    if words.infer_backend == "vllm":
+        return _alone(words)
     dist.launch(ranks_here(words), argv=argv)
     dist.setup_logging(read_place(os.environ).rank)  # before `init`, which may wait for other ranks and says so
     return dist.init(tp=words.tensor_parallel_size, device=words.device, timeout=timeout)
+
+
+def _alone(words: ModelWords) -> Ranks:
+    """This process, without weights: vLLM starts its own. Raises where it is missing, or others run beside this one."""
+    from accessory.serve.vllm_folder import need_vllm
+
+    need_vllm()
+    world = read_place(os.environ).world
+    if world > 1:
+        raise ValueError(
+            f"infer_backend: got vllm in a job of {world} ranks, expected one process, as vLLM starts its own; set "
+            "tensor_parallel_size and start one"
+        )
+    dist.setup_logging(0)
+    return dist.init(device="cpu")
 
 
 def ranks_here(words: ModelWords) -> int:
@@ -107,11 +128,8 @@ def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
     """This rank's model. Raises ValueError or OSError for anything that does not fit."""
     from accessory.assemble import open_model
 
-    paths = list(words.model_name_or_path)
-    if not paths and words.model_type is not None:
-        paths = [find_model(words.model_type).hub]
     return open_model(
-        [*(paths or [TINY] * bool(words.adapter_name_or_path)), *words.adapter_name_or_path],
+        paths_of(words),
         ranks=ranks,
         llama_type=words.llama_type,
         llama_config=words.llama_config,
@@ -120,24 +138,45 @@ def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
         quant=words.quantization_bit is not None,
         max_seq_len=words.max_seq_len,
         anyres_compat=words.anyres_compat,
+        weights=words.infer_backend != "vllm",
     )
+
+
+def paths_of(words: ModelWords) -> list[str]:
+    """The folders that make the model, adapters last; none for the tiny model."""
+    paths = list(words.model_name_or_path)
+    if not paths and words.model_type is not None:
+        paths = [find_model(words.model_type).hub]
+    return [*(paths or [TINY] * bool(words.adapter_name_or_path)), *words.adapter_name_or_path]
 
 
 def open_engine(
-    words: ModelWords, bundle: Bundle, ranks: Ranks, *, rows: int, orientation: Orientation, **how: Any
+    words: ModelWords,
+    bundle: Bundle,
+    ranks: Ranks,
+    *,
+    rows: int,
+    orientation: Orientation,
+    for_good: bool = True,
+    **how: Any,
 ) -> Engine:
-    """This rank's engine. orientation: of photographs, where the words leave it open. how: as `Engine` takes it."""
-    from accessory.engine import Engine
+    """This rank's engine. orientation: of photographs, where the words leave it open. how: as `Engine` takes it.
 
+    for_good: nobody else reads the model's weights, so that those of an engine of several rows may be reordered.
+    """
     longest = bundle.config.max_seq_len
-    return Engine(
-        bundle,
-        ranks,
-        rows=rows,
-        image_transform=words.image_transform,
-        orientation=words.orientation or orientation,
-        **{"window": longest if words.max_seq_len else min(longest, WINDOW), **how},
-    )
+    how = {"window": longest if words.max_seq_len else min(longest, WINDOW), **how}
+    turned = words.orientation or orientation
+    if words.infer_backend == "vllm":
+        from accessory.serve.vllm import open_vllm
+
+        return open_vllm(words, bundle, rows=rows, orientation=turned, tensor_parallel=ranks_here(words), **how)
+    from accessory.engine import Engine
+    from accessory.quant import repack
+
+    if for_good and rows > 1:
+        repack(bundle.model)
+    return Engine(bundle, ranks, rows=rows, image_transform=words.image_transform, orientation=turned, **how)
 
 
 def sampling_of(words: GenerationWords) -> Sampling:
