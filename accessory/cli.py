@@ -19,7 +19,10 @@ from accessory import __version__
 VERBS: dict[str, tuple[str, str]] = {  # verb: (module with a main(argv), one line of help)
     "train": ("accessory.train.main", "train a model: pretraining, finetuning of all or few parameters, with pictures"),
     "infer": ("accessory.serve.infer", "ask a model in a terminal, or let it answer a dataset"),
+    "predict": ("accessory.serve.predict", "answer a dataset, score the answers, and keep both"),
     "chat": ("accessory.serve.chat", "a conversation in a terminal or through a pipe"),
+    "webchat": ("accessory.serve.web.main", "a conversation in a browser, for several people at once"),
+    "api": ("accessory.serve.api.main", "serve a model to programs, through OpenAI's interface"),
     "export": ("accessory.export", "merge, convert, write and verify a model's folder"),
     "inspect": ("accessory.inspect", "print what a checkpoint folder holds, and verify it"),
     "bench": ("accessory.bench", "measure decode, prefill and loading beside a peer and the machine's ceilings"),
@@ -27,7 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: (module with a main(argv), one li
 
 # What only --dry_run answers (the words are accessory.dialect's), and how other tools call our verbs. "quantise" is an
 # export with a number of bits. Written here so that the help imports nothing.
-LATER = ("predict", "eval", "api", "webchat", "webui", "quantise")
+LATER = ("eval", "webui", "quantise")
 ALIASES = {
     "sft": "train",
     "merge_lora": "export",

@@ -195,7 +195,7 @@ def test_lists_may_have_commas_and_paths_may_have_them_too(tmp_path):
 def test_asking_has_llamafactorys_sampling():
     got = translate("chat", {"model_name_or_path": "m", "infer_backend": "vllm", "template": "vicuna"}, known=ASK)
     assert (got.values["temperature"], got.values["top_p"], got.values["top_k"]) == (0.95, 0.7, 50)
-    assert got.values["template"] == "llamafactory/vicuna" and "own engine" in got.notes[0]
+    assert got.values["template"] == "llamafactory/vicuna" and got.values["infer_backend"] == "vllm"
 
 
 # ---- ms-swift
@@ -433,7 +433,8 @@ def test_words_that_are_shared_are_settings_of_some_verb():
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_word_of_training_names_a_setting(tool):
     names = {word.to for word in TOOLS[tool].verbs["train"].values() if word.to is not None}
-    assert names - TRAIN <= {"max_seq_len", "load_args_from_ckpt_dir", "load_dataset_config"}
+    others = {"vllm_gpu_util", "vllm_enforce_eager", "vllm_config"}
+    assert names - TRAIN <= {"max_seq_len", "load_args_from_ckpt_dir", "load_dataset_config", *others}
 
 
 def test_words_of_a_tool_that_a_verb_lacks_are_accepted_with_a_line():

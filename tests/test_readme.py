@@ -18,8 +18,11 @@ from accessory.cli import VERBS
 from accessory.config import parse
 from accessory.dialect import translator
 from accessory.export.settings import ExportSettings
+from accessory.serve.api.settings import ApiSettings
 from accessory.serve.chat import ChatSettings
 from accessory.serve.infer_settings import InferSettings
+from accessory.serve.predict_settings import PredictSettings
+from accessory.serve.web.main import WebchatSettings
 from accessory.train.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +39,9 @@ VERB_SETTINGS = {
     "infer": ("infer", InferSettings),
     "chat": ("chat", ChatSettings),
     "export": ("export", ExportSettings),
+    "predict": ("predict", PredictSettings),
+    "api": ("api", ApiSettings),
+    "webchat": ("webchat", WebchatSettings),
 }
 
 

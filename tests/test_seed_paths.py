@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import hf_tokenizers
 import pytest
 import torch
 import yaml
+from api_server import Process
 from engine_toys import ONE, picture
 from llava_toys import SHAPES
 from test_llava_folder import write as write_llava
@@ -305,14 +307,52 @@ def test_llamafactorys_prediction_runs_scores_and_is_only_scored_again(saved, ho
     assert "going on, 4 of 4 rows were answered before" in again.stderr and again.stdout == done.stdout
 
 
+def test_llamafactorys_server_answers_what_its_terminal_does(saved, home, files):
+    paths = ["--model_name_or_path", "llama3", "--adapter_name_or_path", "saves/sft", *map(str, GREEDY)]
+    server = Process(str(files / "llama3_lora_sft.yaml"), *paths, cwd=home)
+    try:
+        messages = [{"role": "user", "content": "Who are you?"}]
+        model = "meta-llama/Meta-Llama-3-8B-Instruct"
+        told = server.client().chat.completions.create(messages=messages, model=model).choices[0].message.content
+        words = ["chat", files / "llama3_lora_sft.yaml", *paths, "--precision", "fp32"]
+        chat = run(*words, cwd=home, stdin="Who are you?")
+        assert f"Assistant: {told}" in chat.stdout and told
+        assert server.end() == 0 and server.errors[0].startswith("dialect: LLaMA-Factory")
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.mark.parametrize("name", [name for name in ASKED if "llava" in name])
+def test_llamafactorys_web_page_opens_and_answers(home, files, name):
+    from gradio_client import Client, handle_file
+
+    flags = ["--model_name_or_path", "llava", "--precision", "fp32", "--port", "0", "--max_new_tokens", "6"]
+    command = [sys.executable, "-m", "accessory", "webchat", str(files / f"{name}.yaml"), *flags]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    job = subprocess.Popen(command, cwd=home, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        told = list[str]()
+        while (line := job.stderr.readline()) and not line.startswith("page: "):
+            told.append(line)
+        assert line and told[0].startswith("dialect: LLaMA-Factory"), told
+        person = Client(line.split()[1], verbose=False, analytics_enabled=False)
+        asked = {"text": "what is it?", "files": [handle_file(next(home.glob("*.png")))]}
+        chat, _, below, *_ = person.predict(asked, "", "", 6, 0.0, 1.0, 0, 1.0, 0, api_name="/ask")
+        assert [each["role"] for each in chat] == ["user", "assistant"] and "tokens in" in below
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 0
+    finally:
+        job.kill()
+        job.communicate()
+
+
 @pytest.mark.parametrize(
     ("verb", "name", "said"),
     [
-        *(("webchat", name, "webchat: the page is not part of this version") for name in ASKED if "llava" in name),
-        ("api", "llama3_lora_sft", "api: the server is not part of this version"),
         ("eval", "eval", "eval: MMLU, C-Eval and CMMLU are not part of this version"),
         ("export", "gptq", "export: quantised export is not part of this version"),
-        ("chat", "llama3_vllm", "meta-llama/Meta-Llama-3-8B-Instruct: no such folder here"),
+        ("chat", "llama3_vllm", "infer_backend: got vllm, which this Python has not, expected the package"),
     ],
 )
 def test_a_file_that_does_not_run_here_is_shown_and_says_why(home, files, verb, name, said):

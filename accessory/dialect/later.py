@@ -29,36 +29,6 @@ class DryRun:
 
 
 @dataclass
-class PredictWords(DryRun, ModelWords, GenerationWords):
-    """Answer a dataset and score the answers."""
-
-    eval_dataset: list[str] = field(default_factory=list)
-    """Rows to answer: names of dataset_info.json, data files or folders."""
-    dataset: list[str] = field(default_factory=list)
-    """With val_size: the data of which so many rows are answered."""
-    dataset_dir: str | None = None
-    """Folder of dataset_info.json; none: data."""
-    media_dir: str | None = None
-    """Pictures are relative to this folder; none: to the data file's."""
-    val_size: float = 0.0
-    """Rows of dataset that are answered: a number of rows, or below 1 a share."""
-    max_samples: int | None = None
-    """Use only the first so many rows of each dataset."""
-    cutoff_len: int = 2048
-    """Most positions of a question."""
-    preprocessing_num_workers: int | None = None
-    """Processes that read rows; none: the cores of this host, at most 8."""
-    per_device_eval_batch_size: int = 8
-    """Rows that are answered at once on each data-parallel rank."""
-    output_dir: str = "output/predict"
-    """Folder of generated_predictions.jsonl and predict_results.json."""
-    overwrite_output_dir: bool = False
-    """Begin anew in a folder that holds answers."""
-    ddp_timeout: float = 1800.0
-    """Seconds that a collective may take before the job fails."""
-
-
-@dataclass
 class EvalWords(DryRun, ModelWords):
     """Answer the questions of a benchmark with several choices."""
 
@@ -126,21 +96,9 @@ class QuantiseWords(DryRun, ModelWords):
 
 # verb: (its words, what is missing and what to do)
 LATER: dict[str, tuple[type[DryRun], str]] = {
-    "predict": (
-        PredictWords,
-        "scoring answers is not part of this version; answer the rows with accessory infer --dataset",
-    ),
     "eval": (
         EvalWords,
         "MMLU, C-Eval and CMMLU are not part of this version; look at rows of your own with accessory infer --dataset",
-    ),
-    "api": (
-        ServeWords,
-        "the server is not part of this version; ask in a terminal with accessory chat",
-    ),
-    "webchat": (
-        ServeWords,
-        "the page is not part of this version; ask in a terminal with accessory chat",
     ),
     "webui": (
         BoardWords,

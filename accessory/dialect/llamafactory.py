@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
 from accessory.dialect.deepspeed import read_zero
-from accessory.dialect.rules import Sheet, Word, act, choose, each, idle, is_true, number, only, to
+from accessory.dialect.rules import Sheet, Word, act, choose, each, idle, is_true, number, only, to, written
 
 DTYPES = {
     "auto": None,
@@ -28,11 +30,22 @@ def template(sheet: Sheet, word: str, value: Any) -> None:
     sheet.put("template", f"{sheet.dialect}/{name}" if plain else name, word)
 
 
-def _backend(sheet: Sheet, word: str, value: Any) -> None:
-    """Whatever engine is asked for, ours answers."""
-    if str(value) not in ("huggingface", "hf", "vllm", "sglang"):
-        raise ValueError(f"{word}: got {value}, expected huggingface, vllm or sglang; leave it out")
-    sheet.note(f"{word}: {value} is answered for by Accessory's own engine")
+OTHERS = ("huggingface", "hf", "auto", "pt", "sglang", "ktransformers", "lmdeploy")
+
+
+def backend(sheet: Sheet, word: str, value: Any) -> None:
+    """vLLM answers where it is asked for; for the others our own engine does."""
+    vllm = written(value) == "vllm"
+    if not vllm and written(value) not in OTHERS:
+        raise ValueError(f"{word}: got {value}, expected vllm or one of {', '.join(OTHERS)}; leave it out")
+    if not vllm:
+        sheet.note(f"{word}: {value} is answered for by Accessory's own engine")
+    sheet.put(word, "vllm" if vllm else "huggingface", word)
+
+
+def engine_arguments(value: Any) -> Any:
+    """Arguments of vLLM's engine, perhaps as JSON."""
+    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 def _half(sheet: Sheet, word: str, value: Any) -> None:
@@ -116,22 +129,21 @@ OPTIMIZERS = {
     "sgd": "sgd",
     "muon": "muon",
 }
-OWN_ENGINE = "Accessory's own engine takes what memory it needs"
 PICTURES = "pictures are given to the tower in the size that its folder asks for"
 VOCABULARY = "the vocabulary stays as it is"
 
 MODEL: dict[str, Word] = {
     "template": act(template),
-    "infer_backend": act(_backend),
+    "infer_backend": act(backend),
     "quantization_method": only("bnb", "bitsandbytes", remedy="4 bits are stored as NF4 here; leave it out"),
     "quantization_type": only("nf4", remedy="4 bits are stored as NF4 here; leave it out"),
     "double_quantization": only(True, remedy="scales are always quantised too; leave it out"),
     "visual_inputs": idle("the model's folder says whether it sees"),
-    "vllm_enforce_eager": idle(OWN_ENGINE),
+    "vllm_enforce_eager": to("vllm_enforce_eager"),
     "vllm_maxlen": to("max_seq_len"),
-    "vllm_gpu_util": idle(OWN_ENGINE),
-    "vllm_max_lora_rank": idle(OWN_ENGINE),
-    "vllm_config": idle(OWN_ENGINE),
+    "vllm_gpu_util": to("vllm_gpu_util"),
+    "vllm_max_lora_rank": idle("vLLM gets a model that adapters are merged into"),
+    "vllm_config": to("vllm_config", engine_arguments),
     "flash_attn": idle("attention is computed as the hardware does it best"),
     "use_unsloth": idle("there is one engine for training"),
     "use_unsloth_gc": idle("there is one engine for training"),
@@ -318,8 +330,10 @@ SHARED = frozenset(
     " adam_beta2 adam_epsilon optim seed ddp_timeout logging_steps report_to save_steps save_strategy save_total_limit"
     " eval_strategy eval_steps eval_dataset per_device_eval_batch_size dataloader_num_workers torch_compile do_sample"
     " temperature top_p top_k max_new_tokens repetition_penalty export_dir export_size export_device"
-    " export_legacy_format".split()
+    " export_legacy_format infer_backend vllm_gpu_util vllm_enforce_eager vllm_config".split()
 )
+# words of ours that only this tool has besides: alone they tell it
+HINTS = frozenset({"infer_backend", "vllm_gpu_util", "vllm_enforce_eager", "vllm_config"})
 
 
 def finish(sheet: Sheet) -> None:

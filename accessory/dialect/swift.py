@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from accessory.dialect.llamafactory import DTYPES, OPTIMIZERS, SCHEDULES, deepspeed, template
+from accessory.dialect.llamafactory import DTYPES, OPTIMIZERS, SCHEDULES, backend, deepspeed, template
 from accessory.dialect.rules import Sheet, Word, act, choose, each, idle, is_true, number, only, to, written
 
 GLOBAL_BATCH = 16
@@ -275,12 +275,12 @@ ASK: dict[str, Word] = {
     "dataset": act(_asked),
     "val_dataset": to("dataset"),
     "custom_val_dataset_path": to("dataset"),
-    "infer_backend": idle("Accessory's own engine answers"),
+    "infer_backend": act(backend),
     "sft_type": idle("a folder says whether it holds an adapter"),
     "merge_device_map": idle("a merge happens where the weights are"),
     "merge_lora": only(False, remedy="use accessory export --ckpt_dir X --merge_lora true"),
     "overwrite_generation_config": idle("no file of the model is changed"),
-    "gpu_memory_utilization": idle("Accessory's own engine takes what memory it needs"),
+    "gpu_memory_utilization": to("vllm_gpu_util"),
     "max_model_len": to("max_seq_len"),
     "vllm_enable_lora": idle("adapters are read by the folder"),
     "server_name": to("host"),

@@ -46,7 +46,9 @@ class Tool:
 
 
 TOOLS: dict[str, Tool] = {
-    "llamafactory": Tool("LLaMA-Factory", llamafactory.VERBS, llamafactory.SHARED, frozenset(), llamafactory.finish),
+    "llamafactory": Tool(
+        "LLaMA-Factory", llamafactory.VERBS, llamafactory.SHARED, llamafactory.HINTS, llamafactory.finish
+    ),
     "swift": Tool("ms-swift", swift.VERBS, swift.SHARED, swift.HINTS, swift.finish),
 }
 LISTS = ("dataset", "eval_dataset", "adapter_name_or_path", "lora_target")
@@ -146,8 +148,10 @@ def choose(verb: str, words: Mapping[str, Any], known: Collection[str]) -> str:
         return next(iter(told))
     shared = [names for names in owners.values() if names]
     hints = {name for name, tool in TOOLS.items() for word in tool.hints if words.get(word) is not None}
-    if hints or CALLED in words:  # other names of verbs are swift's
+    if "swift" in hints or CALLED in words:  # other names of verbs are swift's
         return "swift"
+    if hints:
+        return next(iter(hints))
     return shared[0][0] if shared else "accessory"
 
 

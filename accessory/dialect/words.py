@@ -5,8 +5,9 @@ Must not import torch nor know what reads them: the verbs' settings take these f
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -50,6 +51,15 @@ class ModelWords:
     """Whose tiling and merging of large pictures is followed; none: that of the folder's family."""
     allow_private_urls: bool = False
     """Pictures may be fetched from this host and from private networks."""
+    infer_backend: Literal["huggingface", "vllm"] = "huggingface"
+    """Who computes the answers: Accessory's own engine (as LLaMA-Factory names its own), or vLLM where it is installed,
+    from a Hugging Face folder that is exported and proven once."""
+    vllm_gpu_util: float = 0.7
+    """vLLM: share of each GPU's memory that it takes."""
+    vllm_enforce_eager: bool = False
+    """vLLM: compute without CUDA graphs, which start sooner and need less memory."""
+    vllm_config: dict[str, Any] = field(default_factory=dict)
+    """vLLM: further arguments of its engine (EngineArgs), which count before all others."""
 
 
 @dataclass
@@ -74,3 +84,39 @@ class GenerationWords:
     """Further strings that end an answer and are no part of it."""
     default_system: str | None = None
     """System text of conversations that bring none; without it the template's."""
+
+
+@dataclass
+class ServingWords:
+    """How many are answered at once, and what that may cost."""
+
+    max_concurrent: int = field(default_factory=lambda: _count("MAX_CONCURRENT", 8))
+    """Requests that are answered at once; further ones wait. MAX_CONCURRENT says it too."""
+    queue: int = 256
+    """Most requests that wait; beyond them one is refused, to be asked again later."""
+    cache_gb: float | None = None
+    """Budget of the keys and values of all requests at once, in GB; max_concurrent shrinks to fit. None: no budget."""
+    prefill_chunk: int = 256
+    """Most tokens of one prompt that are read in a step, between those of answers."""
+    prefix_reuse: bool = True
+    """A prompt that begins as an earlier one did is not read again, as far as its keys and values are still there."""
+    deterministic: bool = False
+    """An answer depends on its own request alone, never on which others are answered beside it; slower."""
+    compile: bool = False
+    """Compile the step that decodes; the first answers wait for it."""
+
+    def check_serving(self) -> None:
+        """ValueError for numbers that cannot be."""
+        for name, least in (("max_concurrent", 1), ("queue", 1), ("prefill_chunk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if self.cache_gb is not None and not 0 < self.cache_gb < float("inf"):
+            raise ValueError(f"cache_gb: got {self.cache_gb}, expected more than 0 GB")
+
+
+def _count(name: str, default: int) -> int:
+    """A number of the environment. ValueError where it is none."""
+    told = os.environ.get(name, "").strip() or str(default)
+    if not (told.isascii() and told.isdecimal()) or not int(told):
+        raise ValueError(f"{name}: got {told!r}, expected a whole number from 1 on; correct or unset it")
+    return int(told)
