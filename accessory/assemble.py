@@ -43,6 +43,7 @@ PASSED_OVER = {"max_batch_size", "trainable_mode", "load_pretrained_visual_encod
 OUTSIDE = {"projector_lora_rank", "vision_lora_rank", "projector_lora_targets", "vision_lora_targets"}
 OUTSIDE |= {"lora_alpha", "lora_rslora", "lora_dropout", "lora_modules"}
 DEFAULT_WINDOW = 4096  # Llama 2's; Meta's params.json does not say
+_NO_PATH = "no --pretrained_path given: using the tiny model that ships with Accessory (drawings and digits only)"
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,18 @@ def open_model(
     quant: bool = False,
     max_seq_len: int | None = None,
     anyres_compat: Literal["llava", "hf"] | None = None,
+    weights: bool = True,
 ) -> Bundle:
     """Open folders of weights (base, then delta or PEFT folders in order) as this rank's model, for inference.
 
     Without paths: the tiny model that ships with the package. llama_type, llama_config (JSON files, later ones
     override) and tokenizer_path are needed only where the folders do not say. dtype: of weights and computation, None
     for the device's default. quant: NF4 storage of the seven linears of each layer. max_seq_len: the window in tokens.
-    anyres_compat: whose tiling a LLaVA follows, None for its folder's family.
+    anyres_compat: whose tiling a LLaVA follows, None for its folder's family. weights: False leaves it on meta.
     Raises ValueError or OSError, in one sentence, for anything that does not fit; then nothing is half loaded.
     """
     if not paths:
-        log.info(
-            "no --pretrained_path given: using the tiny model that ships with Accessory (drawings and digits only)"
-        )
+        log.info(_NO_PATH)
         paths = [TINY]
     checkpoint = open_folders(paths)
     keys = {key for source in checkpoint.sources for key in source.stored}
@@ -117,9 +117,10 @@ def open_model(
         checkpoint.leave_out(stray)
     dtype = default_dtype(ranks.device, checkpoint.main_dtype()) if dtype is None else dtype
     model = build(spec, shard=ranks.shard, dtype=dtype)
-    load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
+    if weights:
+        load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
     model.eval().requires_grad_(False)
-    if not quant:
+    if weights and not quant:
         model.fuse()
     return Bundle(
         model=model,

@@ -34,7 +34,7 @@ def compare(lines: list[Line]) -> None:
     for line in lines:
         if line.what in peers:
             pair = (line.rounds, peers[line.what].rounds)
-            line.ratio = median_ratio(*(reversed(pair) if line.unit in ("s", "GB") else pair))
+            line.ratio = median_ratio(*(reversed(pair) if line.unit in ("s", "ms", "GB") else pair))
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:

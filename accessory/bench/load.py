@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def start_times(shape: str, peer: str, dtype: str, device: str, rounds: int) -> 
     kind = dtype_from_name(dtype)
     with tempfile.TemporaryDirectory(prefix="accessory-bench-") as place:
         folder = Path(place) / "model"
-        _write(SHAPES[shape], folder, dtype=kind)
+        write_folder(SHAPES[shape], folder, dtype=kind)
         times: dict[str, list[float]] = {name: [] for name in programs}
         for turn in range(rounds + 1):
             for name, program in programs.items():
@@ -70,8 +71,13 @@ def start_times(shape: str, peer: str, dtype: str, device: str, rounds: int) -> 
     return times
 
 
-def _write(config: LlamaConfig, folder: Path, *, dtype: torch.dtype) -> None:
-    """Random weights as the Hugging Face folder that both sides open."""
+def write_folder(
+    config: LlamaConfig, folder: Path, *, dtype: torch.dtype, more: Mapping[str, str] | None = None
+) -> None:
+    """Random weights as the Hugging Face folder that both sides open. more: further text files by name.
+
+    Raises OSError when the disk cannot hold it.
+    """
     model = Llama(config, device="cpu", dtype=dtype)
     needed = sum(p.nbytes for p in model.parameters())
     free = shutil.disk_usage(folder.parent).free
@@ -83,7 +89,8 @@ def _write(config: LlamaConfig, folder: Path, *, dtype: torch.dtype) -> None:
     with HuggingFaceWriter(folder, specs, form=HuggingFaceForm("llama", config.head_dim)) as writer:
         for key, tensor in tensors.items():
             writer.put(key, tensor)
-        writer.finish(config=config_json(asdict(config), family="llama", dtype=str(dtype).removeprefix("torch.")))
+        told = config_json(asdict(config), family="llama", dtype=str(dtype).removeprefix("torch."))
+        writer.finish(config=told, more=more)
 
 
 def _first_token(program: str, folder: Path, device: str, dtype: str) -> float:

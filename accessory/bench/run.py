@@ -1,4 +1,4 @@
-"""Measures decode, prefill or loading: all sides in one run, interleaved, medians, ratios, ceilings beside them.
+"""Measures decode, prefill, loading, training or serving: all sides in one run, in turn, medians, ratios, ceilings.
 
 Must not know how a side computes; the table and the JSON say the machine, its load and the versions.
 """
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +21,19 @@ import torch
 from accessory.bench import ceilings
 from accessory.bench.line import Line, compare, median_ratio
 from accessory.bench.load import start_times
+from accessory.bench.serving import measure_serving, verdicts
 from accessory.bench.shapes import SHAPES, cache_bytes, matmul_weights, prefill_flops
 from accessory.bench.sides import SIDES, Side
 from accessory.bench.training import measure_training
 from accessory.config import parse
 from accessory.dist import dtype_from_name, pick_device
 
-WHAT = ("decode", "prefill", "load", "train")
+WHAT = ("decode", "prefill", "load", "train", "serve")
 
 
 @dataclass
 class Settings:
-    """What to measure. The first word says it: decode, prefill, load or train."""
+    """What to measure. The first word says it: decode, prefill, load, train or serve."""
 
     shape: Literal["110m", "1b", "7b"] = "110m"
     """Size of the randomly initialised model."""
@@ -54,6 +55,24 @@ class Settings:
     """train: tokens of a row."""
     steps: int = 3
     """train: steps of a side per round."""
+    clients: int = 16
+    """serve: clients that ask at once, and rows of the batch."""
+    requests: int = 96
+    """serve: answers per round; one by one, 8 of them."""
+    prompts: list[int] = field(default_factory=lambda: [16, 400])
+    """serve: tokens of the shortest and of the longest prompt."""
+    answers: list[int] = field(default_factory=lambda: [16, 128])
+    """serve: tokens of the shortest and of the longest answer."""
+    prefix: int = 400
+    """serve: tokens of the system prompt that is asked behind twice."""
+    cores: int = 2
+    """serve: processor cores that a side and its clients share, and its threads."""
+    compile: bool = False
+    """serve: compile our step of answers, in the server and in the bare loop."""
+    server: str = ""
+    """serve: further flags of accessory api, as one text."""
+    peer_server: str = "--continuous-batching --cb-max-memory-percent 0.1"
+    """serve: further flags of transformers serve, as one text."""
     json: str | None = None
     """Also write the result to this file."""
 
@@ -67,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in WHAT:
         raise ValueError(usage)
     what, settings = argv[0], parse(Settings, argv[1:], prog="accessory bench WHAT", description=Settings.__doc__ or "")
-    for name in ("prompt", "tokens", "rounds", "batch", "length", "steps"):
+    for name in ("prompt", "tokens", "rounds", "batch", "length", "steps", "clients", "requests", "prefix", "cores"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name}: got {getattr(settings, name)}, expected at least 1")
     device = pick_device(settings.device)
     about = _about(settings, device)
-    if what == "train":
-        lines = measure_training(settings, device, about)
+    if what in ("train", "serve"):
+        lines = (measure_training if what == "train" else measure_serving)(settings, device, about)
     else:
         lines = _load(settings, device) if what == "load" else _speed(what, settings, device, about)
     compare(lines)
@@ -187,10 +206,11 @@ def _table(what: str, lines: list[Line], about: dict) -> str:
         for name in ("full_loss_distance", "lora_loss_distance", "packed_of_full_rows")
         if name in about
     ]
-    rows = [f"{'what':<11}{'side':<14}{'median':>10} {'unit':<9}{'min':>9}{'max':>9}{'ceiling':>9}{'ratio':>7}"]
+    head += verdicts(about)
+    rows = [f"{'what':<12}{'side':<19}{'median':>10} {'unit':<9}{'min':>9}{'max':>9}{'ceiling':>9}{'ratio':>7}"]
     for line in lines:
         share = f"{line.of_ceiling:8.0%}" if line.of_ceiling is not None else ""
         ratio = f"{line.ratio:6.2f}" if line.ratio is not None else ""
         spread = f"{min(line.rounds):>9.2f}{max(line.rounds):>9.2f}"
-        rows.append(f"{line.what:<11}{line.side:<14}{line.value:>10.2f} {line.unit:<9}{spread}{share:>9}{ratio:>7}")
+        rows.append(f"{line.what:<12}{line.side:<19}{line.value:>10.2f} {line.unit:<9}{spread}{share:>9}{ratio:>7}")
     return "\n".join(head + rows)
