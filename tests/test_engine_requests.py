@@ -7,7 +7,6 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 from engine_toys import ONE, opened, picture, write_model
 from PIL import Image
 

@@ -267,6 +267,15 @@ def test_a_tokenizer_that_cannot_write_it_is_told_at_once(tokenizers) -> None:
         Grammars(tokenizers["json_unigram"])(Grammar("json_object"))
 
 
+def test_a_way_of_several_that_no_token_goes_on_does_not_forbid_the_others(tokenizers) -> None:
+    tokenizer = tokenizers["json_unigram"]
+    missing = next(
+        c for c in "#%&@^~" if not any(c.encode() in tokenizer.piece_bytes(i) for i in range(tokenizer.size))
+    )
+    texts = ["the", *(f"{c}{missing}" for c in "aeiost" * 3)]
+    assert Grammars(tokenizer)(Grammar("choice", json.dumps(texts))).allowed().any()
+
+
 def test_a_compiled_grammar_is_kept_and_the_oldest_are_not(tokenizers, monkeypatch) -> None:
     made: list[Grammar] = []
     inner = grammar._compile

@@ -18,6 +18,10 @@ from accessory.model import sample
 from accessory.model.sample import leading, lowered, penalised
 
 
+class NoNumbers(ValueError):
+    """Logits that are no numbers: neither is what the row holds."""
+
+
 class Choice:
     """What one request's next token depends on beside its logits: the ids so far, its biases, its grammar."""
 
@@ -115,9 +119,13 @@ class Chooser:
                 except ValueError as error:
                     failed[row] = error
         for row, peak in enumerate(said.amax(-1).tolist()):
-            if row not in failed and not math.isfinite(peak):
-                got = "none above -inf" if peak == -math.inf else str(peak)
-                failed[row] = ValueError(f"logits: got {got}, expected finite numbers; ask in another way")
+            if not peak < math.inf:
+                got = "NaN" if math.isnan(peak) else "inf"
+                failed[row] = NoNumbers(
+                    f"logits: got {got}, expected finite numbers; fp16 overflows in some models: choose bf16 or fp32"
+                )
+            elif row not in failed and peak == -math.inf:
+                failed[row] = ValueError("logits: got none above -inf, expected a token; ask in another way")
         return failed
 
     def _odds(self, own: Tensor, choices: Sequence[Choice], chosen: dict[int, int]) -> dict[int, Odds]:

@@ -23,6 +23,8 @@ class CompiledStep:
     """One token of every row of the cache, through what torch compiled for the least length that suffices."""
 
     def __init__(self, model: Llama, cache: Cache) -> None:
+        """Raises ValueError for a model whose step cannot be compiled."""
+        _check(model)
         self._model, self._cache = model, cache
         self._device = model.norm.weight.device
         self.lengths = lengths(cache.size)
@@ -34,14 +36,26 @@ class CompiledStep:
         )
 
     def warm(self) -> None:
-        """Compile all lengths now, and say so: it takes from seconds to minutes."""
+        """Compile all lengths now, and say so: it takes from seconds to minutes. ValueError where torch cannot."""
         began = time.monotonic()
         log.info("compiling the step of %d answers for %s positions ...", self._cache.rows, _listed(self.lengths))
         idle = torch.zeros(self._cache.rows, 1, dtype=torch.int64)
-        for length in self.lengths:
-            for _ in range(3 if self._device.type == "cuda" else 1):  # a graph is recorded on the second call
-                self(idle, idle - 1, length)
+        with torch._dynamo.config.patch(recompile_limit=256):  # a long window has many lengths
+            for length in self.lengths:
+                for _ in range(3 if self._device.type == "cuda" else 1):  # a graph is recorded on the second call
+                    self._warm(idle, length)
         log.info("compiled in %.0f s", time.monotonic() - began)
+
+    def _warm(self, idle: Tensor, length: int) -> None:
+        """A step of nobody."""
+        try:
+            self(idle, idle - 1, length)
+        except torch._dynamo.exc.TorchDynamoException as error:  # such as a machine without a C++ compiler
+            log.debug("torch could not compile the step", exc_info=error)
+            said = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"compiled: got true where torch cannot compile ({said}), expected a machine that can; drop it"
+            ) from error
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Tensor, extent: int) -> Tensor:
@@ -55,6 +69,16 @@ class CompiledStep:
 
     def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self._model.output(self._model(ids, positions, cache=self._cache)[:, 0])
+
+
+def _check(model: Llama) -> None:
+    """ValueError for what is known not to be compiled."""
+    if model.shard.size > 1:
+        raise ValueError(
+            f"compiled: got true on {model.shard.size} ranks, whose sums are not compiled; drop it, or start one rank"
+        )
+    if not all(getattr(linear.storage, "compiles", True) for linear in model.linears().values()):
+        raise ValueError("compiled: got true for NF4 weights, which are not compiled; drop it, or open them in bf16")
 
 
 def lengths(size: int) -> list[int]:

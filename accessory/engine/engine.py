@@ -6,6 +6,7 @@ Must not know files of weights, terminals or the network. A row of the cache is 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -15,16 +16,18 @@ from torch import Tensor
 from accessory.assemble import Bundle
 from accessory.data.image import Orientation
 from accessory.dist import Ranks
-from accessory.engine.choose import Choice, Chooser
+from accessory.engine.choose import Choice, Chooser, NoNumbers
 from accessory.engine.interrupt import between_steps
 from accessory.engine.prefix import NOTHING, Rows, Seat
 from accessory.engine.prompt import Prompt, Prompter
 from accessory.engine.reading import Reader, Score
 from accessory.engine.request import Answer, Event, Finish, Odds, Request, Result
-from accessory.engine.steps import Running, Stats, Turns, piece, together, tokens
+from accessory.engine.steps import Running, Stats, Turns, fine, piece, together, tokens, told
 from accessory.engine.waiting import Waiting
 from accessory.engine.wire import Wire
 from accessory.engine.worker import Copy, Forget, Op, See, Worker
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -74,28 +77,28 @@ class Engine:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if compiled and deterministic:
             raise ValueError("compiled: got true with deterministic, whose rows attend one by one; drop one of them")
-        self.window, self.rows, self._leads = window, rows, ranks.leader
+        self.window, self._leads = window, ranks.leader
         self._chunk, self._apart = min(prefill_chunk, window), deterministic
         self._full = rows if deterministic or compiled else None
-        self._worker = Worker(bundle.model, rows=rows, window=window, compiled=compiled)
+        self._worker = Worker(bundle.model, rows=rows, window=window, compiled=compiled, apart=deterministic)
         self._wire = None if ranks.control is None else Wire(ranks.control, rows=rows)
-        self._prompter = Prompter(bundle, window=window, image_transform=image_transform, orientation=orientation)
+        self._prompter = Prompter(
+            bundle, window=window, image_transform=image_transform, orientation=orientation, apart=deterministic
+        )
         self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
         unsaid = [token for token in sorted(bundle.tokenizer.unsaid) if token < self._vocabulary]
         self._chooser = Chooser(vocabulary=self._vocabulary, unsaid=torch.tensor(unsaid, dtype=torch.int64))
         self._prompted = bundle.model.prompt is not None
-        self._reader = Reader(
-            self._run,
-            self._prompter,
-            chunk=prefill_chunk,
-            vocabulary=self._vocabulary,
-            prompted=self._prompted,
-        )
+        limits = {"chunk": prefill_chunk, "vocabulary": self._vocabulary}
+        self._reader = Reader(self._run, self._drop, self._prompter, prompted=self._prompted, **limits)
         self._numbers = itertools.count()
         self._waiting = Waiting(queue)
         self._running: dict[int, Running] = {}  # by row
-        multiple = self._chunk if deterministic else 1
-        self._rows = Rows(rows, size=window, reuse=reuse and not bundle.config.rope_grows, multiple=multiple)
+        self.rows = len(self._worker.alike)
+        if self.rows < rows:
+            log.warning("deterministic: %d of %d rows are alike here; the others stay empty", self.rows, rows)
+        reuse, multiple = reuse and not bundle.config.rope_grows, self._chunk if deterministic else 1
+        self._rows = Rows(rows, size=window, reuse=reuse, multiple=multiple, usable=self._worker.alike)
         self._turns = Turns()
         self._over = False
         self.stats = Stats()
@@ -161,7 +164,8 @@ class Engine:
             if not everyone:
                 return failed
             if self._turns.feed(len(feeding), len(speaking)):
-                return [*failed, *self._feed(together(feeding, chunk=self._chunk, alone=self._apart))]
+                turn = self.stats.prompt_steps % 2 == 1
+                return [*failed, *self._feed(together(feeding, chunk=self._chunk, alone=self._apart, shortest=turn))]
             self.stats.answer_steps += 1
             logits = self._run(tokens(speaking, full=self._full, apart=self._apart))
             assert logits is not None, "every answer's next token was asked for"
@@ -176,9 +180,10 @@ class Engine:
         for running in self._running.values():
             if running.answer is answer:
                 with between_steps():
-                    if running.feeding and running.prompt.pixels is not None and not self._over:
-                        self._run(Forget(running.row))
-                    return self._finish(running, "cancelled")
+                    result = self._finish(running, "cancelled")
+                    if running.feeding:  # nobody has looked yet whether what it holds are numbers
+                        self._drop(running.row)
+                    return result
         prompt = self._waiting.remove(answer)
         if prompt is not None:
             self.stats.finished["cancelled"] += 1
@@ -187,7 +192,10 @@ class Engine:
         raise ValueError(f"cancel: got answer {answer.id}, which is not of this engine")
 
     def stream(self, request: Request) -> Iterator[str]:
-        """The answer's text, piece by piece; leaving the iteration, or Ctrl-C, cancels the request."""
+        """The answer's text, piece by piece; leaving the iteration, or Ctrl-C, cancels the request.
+
+        ValueError for one that could not go on.
+        """
         answer = self.submit(request)
         shown = 0
         try:
@@ -196,13 +204,16 @@ class Engine:
                     shown += 1
                     yield answer.parts[shown - 1]
                 if answer.result is not None:
-                    return
+                    return fine(answer.result)
                 self.step()
         finally:
             self.cancel(answer)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """The results of all requests, in their order. If one of them cannot be asked, none is."""
+        """The results of all requests, in their order. If one of them cannot be asked, none is.
+
+        ValueError for one that could not go on, after the others have ended.
+        """
         prompts = [self.prepare(request) for request in requests]
         answers: list[Answer] = []
         try:
@@ -214,6 +225,8 @@ class Engine:
                 self.step()
         finally:
             results = [self.cancel(answer) for answer in answers]
+        for result in results:
+            fine(result)
         return results
 
     def logits(self, asked: Request | Sequence[int]) -> Tensor:
@@ -267,7 +280,7 @@ class Engine:
             answer, prompt = self._waiting.first()
             try:
                 choice = Choice(answer.request, prompt, vocabulary=self._vocabulary)
-            except ValueError as error:
+            except Exception as error:
                 self._waiting.pop()
                 failed.append(self._refuse(answer, prompt, error))
                 continue
@@ -316,75 +329,52 @@ class Engine:
             self._over = True  # nobody knows how far the others came
             raise
 
+    def _drop(self, row: int) -> None:
+        """Have all ranks forget what a row holds, unless they are somewhere inside a step that failed."""
+        self._rows.forget(row)
+        if not self._over:
+            self._run(Forget(row))
+
     # ---- tokens to answers
 
     def _accept(self, ready: list[Running], logits: Tensor) -> list[Event]:
-        """Choose a token for each row of logits [n, vocabulary], and move each answer on.
-
-        Raises ValueError for logits that are no numbers, after the answers of this step were cancelled.
-        """
-        if logits.isnan().any():
-            for running in ready:  # what such a row left in the cache must not meet the next request
-                self._run(Forget(running.row))
-                self._rows.forget(running.row)
-                self._finish(running, "cancelled")
-            raise ValueError("logits: got NaN, expected numbers; fp16 overflows in some models: choose bf16 or fp32")
+        """Choose a token for each row of logits [n, vocabulary], and move each answer on, or end it alone."""
         chosen = self._chooser(logits, [r.choice for r in ready], [r.next_position for r in ready])
-        return [self._advance(running, what) for running, what in zip(ready, chosen, strict=True)]
+        events = [self._advance(running, what) for running, what in zip(ready, chosen, strict=True)]
+        for running, what in zip(ready, chosen, strict=True):
+            if isinstance(what, NoNumbers):  # they must not meet the row's next request
+                self._drop(running.row)
+        return events
 
     def _advance(self, running: Running, what: tuple[int, Odds | None] | ValueError) -> Event:
         """Add one token to an answer, or end it."""
-        answer, prompt = running.answer, running.prompt
+        answer, before = running.answer, len(running.answer.ids)
         if isinstance(what, ValueError):
-            text = self._say(answer, prompt.text.finish(complete=False))
-            return Event(answer, -1, text, self._finish(running, "error", error=str(what)))
+            return Event(answer, -1, *self._fail(running, what))
         token, odds = what
-        if token in prompt.stop_ids:
-            text = self._say(answer, prompt.text.finish(complete=True))
-            return Event(answer, token, text, self._finish(running, "stop"), odds)
-        answer.ids.append(token)
-        if odds is not None:
-            answer.odds.append(odds)
-        self.stats.generated_tokens += 1
-        running.choice.push(token)
-        text = prompt.text.push(token)
-        finish: Finish | None = "stop" if prompt.text.stopped else None
-        if finish is None and running.choice.done:
-            finish, text = "stop", text + prompt.text.finish(complete=True)
-        if finish is None and len(answer.ids) == prompt.limit:
-            finish = "length"
-            text += prompt.text.finish(complete=False)
-            finish = "stop" if prompt.text.stopped else finish
-        self._say(answer, text)
+        try:
+            text, finish = running.advance(token, odds)
+        except Exception as error:
+            return Event(answer, token, *self._fail(running, error))
+        self.stats.generated_tokens += len(answer.ids) - before
         return Event(answer, token, text, None if finish is None else self._finish(running, finish), odds)
 
-    def _refuse(self, answer: Answer, prompt: Prompt, error: ValueError) -> Event:
+    def _fail(self, running: Running, error: Exception) -> tuple[str, Result]:
+        """End an answer that cannot go on: the rest of its text, and the result."""
+        before = len(running.answer.parts)
+        result = self._finish(running, "error", error=told(error))
+        return "".join(running.answer.parts[before:]), result
+
+    def _refuse(self, answer: Answer, prompt: Prompt, error: Exception) -> Event:
         """The end of a request that cannot begin."""
         self.stats.finished["error"] += 1
-        answer.result = Result("", [], "error", len(prompt.ids), prompt.dropped, error=str(error))
+        answer.result = Result("", [], "error", len(prompt.ids), prompt.dropped, error=told(error))
         return Event(answer, -1, "", answer.result)
 
-    def _say(self, answer: Answer, text: str) -> str:
-        if text:
-            answer.parts.append(text)
-        return text
-
     def _finish(self, running: Running, finish: Finish, *, error: str = "") -> Result:
-        """Make the result and free the row."""
-        answer, prompt = running.answer, running.prompt
-        if finish == "cancelled":
-            self._say(answer, prompt.text.finish(complete=False))
+        """Free the row and make the result."""
         del self._running[running.row]
         self._rows.release(running.row)
         self.stats.finished[finish] += 1
-        answer.result = Result(
-            "".join(answer.parts),
-            answer.ids,
-            finish,
-            len(prompt.ids),
-            prompt.dropped,
-            running.cached,
-            answer.odds,
-            error,
-        )
-        return answer.result
+        running.answer.result = running.result(finish, error)
+        return running.answer.result

@@ -224,7 +224,7 @@ def _try(made: LLMatcher, end: int) -> str:
     for step in range(_TRIED):
         bits = np.frombuffer(b"" if probe.is_error() else probe.compute_bitmask(), dtype=np.uint8)
         if probe.is_error():
-            stuck = step and probe.stop_reason().startswith("NoExtension")  # other ways may go on
+            stuck = step and "NoExtension" in probe.get_error()  # other ways may go on
             return "" if stuck else _reason(probe.get_error())
         pieces = np.unpackbits(bits, bitorder="little").nonzero()[0]
         pieces = pieces[pieces != end]

@@ -7,7 +7,7 @@ a negative number made of the picture's pixels and the slot's place in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,11 @@ class Seat:
 class Rows:
     """The rows of one cache. reuse: whether beginnings are shared at all; multiple: only so many positions at once."""
 
-    def __init__(self, rows: int, *, size: int, reuse: bool = True, multiple: int = 1) -> None:
-        self.free = set(range(rows))
+    def __init__(
+        self, rows: int, *, size: int, reuse: bool = True, multiple: int = 1, usable: Collection[int] | None = None
+    ) -> None:
+        """usable: rows that requests may have; None: all."""
+        self.free = set(range(rows) if usable is None else usable)
         self._keys = np.zeros((rows, size), dtype=np.int64)
         self._held = [0] * rows  # positions that are in the cache
         self._used = [0] * rows  # when the row was last taken
@@ -91,9 +94,13 @@ class Rows:
         return length // self._multiple * self._multiple
 
 
-def digest(pixels: bytes) -> int:
-    """63 bits of a picture's pixels."""
-    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "little") >> 1
+def digest(*parts: bytes) -> int:
+    """63 bits of a picture: of its pixels, and of what else decides its features."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return int.from_bytes(found.digest(), "little") >> 1
 
 
 def keys_of(ids: Sequence[int], slots: Sequence[int], digests: Sequence[int], counts: Sequence[int]) -> np.ndarray:

@@ -67,8 +67,11 @@ class Prompter:
         window: int,
         image_transform: str | None = None,
         orientation: Orientation = "keep",
+        apart: bool = False,
     ) -> None:
+        """apart: a picture's features depend, in their last bits, on those read with it: keys tell such apart."""
         self.tokenizer, self.window = bundle.tokenizer, window
+        self._apart = apart
         self._vocabulary = min(bundle.tokenizer.size, bundle.config.vocab_size)
         self._template, self._source = bundle.template, bundle.source
         self._own_stops = bundle.stop_ids
@@ -139,6 +142,10 @@ class Prompter:
         answer: what the answer begins with, supervised.
         """
         return self._encode(request, self._sizes(request), answer)
+
+    def places(self, request: Request) -> list[int]:
+        """How many positions each picture takes in a row; none where pictures take no place in the sequence."""
+        return self._geometry.count(self._sizes(request)) if self._geometry.each else []
 
     def _encode(
         self, request: Request, sizes: Sequence[Size], answer: str | None = None
@@ -221,7 +228,11 @@ class Prompter:
                     " header says; save or fetch it again"
                 )
             parts.append(self._geometry.pixels(image))
-        return torch.cat(parts), [digest(part.numpy().tobytes()) for part in parts]
+        # a blank picture's pixels do not tell its size, which decides what its margins are
+        marks = [digest(repr(size).encode(), part.numpy().tobytes()) for size, part in zip(sizes, parts, strict=True)]
+        if self._apart:
+            marks = [digest(repr(marks).encode(), repr(mark).encode()) for mark in marks]
+        return torch.cat(parts), marks
 
 
 def _check(request: Request, vocabulary: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from accessory.engine.interrupt import between_steps
 from accessory.engine.prompt import Prompter, WindowError
 from accessory.engine.request import Request
-from accessory.engine.worker import Forget, Forward, Op, See
+from accessory.engine.worker import Forward, Op, See
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,20 @@ class Score:
 
 
 class Reader:
-    """Reads prompts on a lent row. run: does one op on all ranks; prompted: the model has an adapter's prompt."""
+    """Reads prompts on a lent row. run: does one op on all ranks; drop: has them forget what a row holds, if they
+    still can; prompted: the model has an adapter's prompt."""
 
     def __init__(
-        self, run: Callable[[Op], Tensor | None], prompter: Prompter, *, chunk: int, vocabulary: int, prompted: bool
+        self,
+        run: Callable[[Op], Tensor | None],
+        drop: Callable[[int], None],
+        prompter: Prompter,
+        *,
+        chunk: int,
+        vocabulary: int,
+        prompted: bool,
     ) -> None:
-        self._op, self._prompter = run, prompter
+        self._op, self._forget, self._prompter = run, drop, prompter
         self._chunk, self._vocabulary, self._prompted = chunk, vocabulary, prompted
 
     def logits(self, row: int, asked: Request | Sequence[int]) -> Tensor:
@@ -56,7 +64,7 @@ class Reader:
         try:
             return torch.cat([piece.cpu() for piece in self._feed(row, ids, slots, 0)])
         finally:
-            self._run(Forget(row))
+            self._drop(row)
 
     def scores(self, row: int, asked: Request, continuations: Sequence[str]) -> list[Score]:
         """How likely each continuation is after the prompt, whose common beginning is read once."""
@@ -81,7 +89,7 @@ class Reader:
                 for each, first in zip(encoded, firsts, strict=True)
             ]
         finally:
-            self._run(Forget(row))
+            self._drop(row)
 
     def _score(self, row: int, ids: list[int], slots: list[int], first: int, shared: int, last: Tensor) -> Score:
         """One continuation, behind `shared` positions that are in the row already."""
@@ -126,6 +134,10 @@ class Reader:
         """A Ctrl-C waits for the end of an op, so that the ranks stay in step."""
         with between_steps():
             return self._op(op)
+
+    def _drop(self, row: int) -> None:
+        with between_steps():
+            self._forget(row)
 
     def _check(self, length: int) -> None:
         if length > self._prompter.window:

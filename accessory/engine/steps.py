@@ -5,6 +5,8 @@ Must not know the queue, how tokens are chosen, or other ranks.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +15,10 @@ import torch
 
 from accessory.engine.choose import Choice
 from accessory.engine.prompt import Prompt
-from accessory.engine.request import Answer
+from accessory.engine.request import Answer, Finish, Odds, Result
 from accessory.engine.worker import Forward
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 4  # prompts' steps in a row while answers wait, at most
 
@@ -40,6 +44,41 @@ class Running:
     def next_position(self) -> int:
         """The position that the next chosen token will take."""
         return len(self.prompt.ids) + len(self.answer.ids)
+
+    def advance(self, token: int, odds: Odds | None) -> tuple[str, Finish | None]:
+        """Add one token to the answer: the text that it settles, and how the answer ends if it does."""
+        text, finish = self._add(token, odds)
+        if text:
+            self.answer.parts.append(text)
+        return text, finish
+
+    def result(self, finish: Finish, error: str) -> Result:
+        """The result of an answer that ends so."""
+        answer, prompt = self.answer, self.prompt
+        if finish in ("cancelled", "error"):
+            with contextlib.suppress(Exception):  # it may be what failed
+                if rest := prompt.text.finish(complete=False):
+                    answer.parts.append(rest)
+        text, length = "".join(answer.parts), len(prompt.ids)
+        return Result(text, answer.ids, finish, length, prompt.dropped, self.cached, answer.odds, error)
+
+    def _add(self, token: int, odds: Odds | None) -> tuple[str, Finish | None]:
+        answer, prompt = self.answer, self.prompt
+        if token in prompt.stop_ids:
+            return prompt.text.finish(complete=True), "stop"
+        answer.ids.append(token)
+        if odds is not None:
+            answer.odds.append(odds)
+        self.choice.push(token)
+        text = prompt.text.push(token)
+        if prompt.text.stopped:
+            return text, "stop"
+        if self.choice.done:
+            return text + prompt.text.finish(complete=True), "stop"
+        if len(answer.ids) == prompt.limit:
+            text += prompt.text.finish(complete=False)
+            return text, "stop" if prompt.text.stopped else "length"
+        return text, None
 
 
 @dataclass
@@ -69,9 +108,12 @@ class Turns:
         return fed
 
 
-def together(feeding: Sequence[Running], *, chunk: int, alone: bool) -> list[Running]:
-    """The prompts that share a step, oldest first: as many as fit a rectangle of `chunk` positions; alone: one."""
-    ordered = sorted(feeding, key=lambda running: running.answer.id)
+def together(feeding: Sequence[Running], *, chunk: int, alone: bool, shortest: bool = False) -> list[Running]:
+    """The prompts that share a step: as many as fit a rectangle of `chunk` positions; alone: one.
+
+    The oldest come first, or the `shortest` in what is left of them, so that they need not wait for a long one.
+    """
+    ordered = sorted(feeding, key=lambda r: (len(r.prompt.ids) - r.fed if shortest else 0, r.answer.id))
     if alone:
         return ordered[:1]
     chosen, widest = list[Running](), 0
@@ -102,7 +144,9 @@ def piece(feeding: Sequence[Running], *, chunk: int, cut: bool) -> Forward:
         if stop == len(running.prompt.ids):
             last[at] = size - 1
     pictured = slots if bool((slots >= 0).any()) else None
-    return Forward(ids, positions, last, max(ends), _rows([running.row for running in feeding]), pictured, apart=cut)
+    rows = [running.row for running in feeding]
+    where = torch.tensor(rows) if cut else _rows(rows)  # cut: the first row is read as all others are
+    return Forward(ids, positions, last, max(ends), where, pictured, apart=cut)
 
 
 def tokens(speaking: Sequence[Running], *, full: int | None, apart: bool) -> Forward:
@@ -132,3 +176,17 @@ def tokens(speaking: Sequence[Running], *, full: int | None, apart: bool) -> For
 def _rows(rows: list[int]) -> torch.Tensor | None:
     """Rows as the cache takes them: None where they are the first ones."""
     return None if rows == list(range(len(rows))) else torch.tensor(rows)
+
+
+def told(error: Exception) -> str:
+    """Why a request failed; what nobody expected goes to the log in full."""
+    if isinstance(error, ValueError):
+        return str(error)
+    log.error("a request failed", exc_info=error)
+    return f"{type(error).__name__}: {error}"
+
+
+def fine(result: Result) -> None:
+    """ValueError for an answer that could not go on."""
+    if result.finish == "error":
+        raise ValueError(result.error)

@@ -5,6 +5,7 @@ Must not know requests, text or sampling: it is told rows and positions, and doe
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -69,15 +70,20 @@ Op = Forward | See | Forget | Copy
 class Worker:
     """One rank's model and cache; the same ops in the same order keep all ranks in step."""
 
-    def __init__(self, model: Llama, *, rows: int, window: int, compiled: bool = False) -> None:
-        """compiled: compile the step of answers now; then every Forward of one token has all rows."""
+    def __init__(self, model: Llama, *, rows: int, window: int, compiled: bool = False, apart: bool = False) -> None:
+        """compiled: compile the step of answers now; then every step of answers has all rows. apart: find `alike`."""
         self.model = model
         self.cache = model.new_cache(rows=rows, size=window)
+        self._device = model.norm.weight.device
+        self._features: dict[int, Tensor] = {}  # by row, until its prompt is fed
+        if model.prompt is not None:  # whose place in the cache is to be there before anything is compiled
+            for row in range(rows):
+                self.run(See(row, None))
         self.step = CompiledStep(model, self.cache) if compiled else None
         if self.step is not None:
             self.step.warm()
-        self._device = model.norm.weight.device
-        self._features: dict[int, Tensor] = {}  # by row, until its prompt is fed
+        self.alike = self._alike() if apart and window > 1 else list(range(rows))
+        """Rows that give the same bits for the same tokens; all of them, where nobody asked."""
 
     @torch.inference_mode()
     def run(self, op: Op) -> Tensor | None:
@@ -105,7 +111,9 @@ class Worker:
             self.model.prompt.store(self.model, self.cache, row, seen)
 
     def _forward(self, op: Forward) -> Tensor | None:
-        if self.step is not None and op.ids.shape == (self.cache.rows, 1) and op.rows is None and not op.whole:
+        one_each = op.ids.shape == (self.cache.rows, 1) and op.rows is None
+        if self.step is not None and one_each and op.slots is None and not op.whole and bool((op.last >= 0).any()):
+            self._drop(op)
             return self.step(op.ids, op.positions, op.extent)[(op.last >= 0).nonzero()[:, 0].to(self._device)]
         device, rows = self._device, None if op.rows is None else op.rows.to(self._device)
         features, slots = (None, None) if op.slots is None else self._gather(op, op.slots)
@@ -120,9 +128,7 @@ class Worker:
             slots=slots,
         )
         wanted = (op.last >= 0).nonzero()[:, 0]
-        if op.slots is not None:
-            for row in self._rows(op)[wanted].tolist():
-                self._features.pop(row, None)
+        self._drop(op)
         if op.whole:
             return self.model.output(hidden[op.positions.to(device) >= 0])
         if not len(wanted):
@@ -130,6 +136,29 @@ class Worker:
         if op.apart and op.ids.shape[1] == 1:
             return self.model.output(hidden[:, 0])[wanted.to(device)]
         return self.model.output(hidden[wanted.to(device), op.last[wanted].to(device)])
+
+    def _drop(self, op: Forward) -> None:
+        """Forget the features of rows whose prompts end here, be the pictures in this piece or before."""
+        if self._features:
+            for row in self._rows(op)[op.last >= 0].tolist():
+                self._features.pop(row, None)
+
+    def _alike(self) -> list[int]:
+        """The most rows that give the same bits: libraries may multiply the last rows of a batch in another way."""
+        rows, most = self.cache.rows, self.model.config.vocab_size - 1
+        marks = [hashlib.blake2b() for _ in range(rows)]
+        for token in (0, most // 3, most // 2, most):
+            shape = (rows, 1)
+            ids, positions = torch.full(shape, token), torch.ones(shape, dtype=torch.int64)
+            logits = self.run(Forward(ids, positions, torch.zeros(rows, dtype=torch.int64), 2, apart=True))
+            for row, mark in enumerate(marks):
+                for tensor in (logits[row], *(kept[row, :, 1] for kept in (*self.cache.keys, *self.cache.values))):
+                    mark.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        for row in range(rows):
+            self.cache.clear(row)
+        found = [mark.digest() for mark in marks]
+        usual = max(found, key=lambda mark: (found.count(mark), -found.index(mark)))
+        return [row for row in range(rows) if found[row] == usual]
 
     def _gather(self, op: Forward, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all rows in one tensor, and the slots that point into it."""

@@ -25,6 +25,8 @@ class Nf4(nn.Module):
     All of it are buffers, so that moving, gathering and broadcasting a model takes the scales along.
     """
 
+    compiles = False
+    """Whether torch can compile a model that has it."""
     packed: Tensor
     absmax: Tensor
     nested_absmax: Tensor
