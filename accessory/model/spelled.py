@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries whose scores are held at once
-FEW = 32  # queries of a head, up to which bf16 scores are cheaper as k q^T: 0.2 in place of 1.5 ms (16 x 12 heads, 256 keys)
+FEW = 32  # queries of a head, up to which bf16 scores are cheaper as k q^T: 0.2 for 1.5 ms (16 x 12 heads, 256 keys)
 
 
 def spelled_out(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, starts: list[int] | None = None) -> Tensor:
@@ -81,7 +81,7 @@ def _blocks(q: Tensor, k: Tensor, mask: Tensor | None, starts: list[int] | None)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T of q [B, G, n, D] and k [B, G, S, D]: a CPU's library copies all keys to multiply them by few bf16 queries."""
+    """q k^T of q [B, G, n, D] and k [B, G, S, D]; for few bf16 queries a CPU's library would copy all keys."""
     if q.dtype != torch.bfloat16 or q.shape[2] > FEW or torch.compiler.is_compiling():
         return q @ k.transpose(-1, -2)
     scores = torch.bmm(k.flatten(0, 1), q.flatten(0, 1).transpose(1, 2))

@@ -1,7 +1,7 @@
 """Weights in the order in which a CPU multiplies a few rows of bf16 by them: for engines that answer many at once.
 
-Must not know what the layers mean. oneDNN brings a plain weight into this order at every call: 41 ms of a step of 16 rows
-a 110m model on two Zen 4 cores, against 18 ms for what is kept so (one row is faster as it was: see `multiply`).
+Must not know what the layers mean. oneDNN brings a plain weight into this order at every call: 41 ms for a step of 16
+rows of a 110m model on two Zen 4 cores, 18 for what is kept so (one row is faster as it was: see `multiply`).
 """
 
 from __future__ import annotations

@@ -204,8 +204,8 @@ class _Opened:
         """(linear, part of it) -> its name in the adapter."""
         if not sides and self.words.targets:
             raise ValueError(
-                f"{folder.path}: holds no LoRA, which target_modules of adapter_config.json speak of; copy the files of one"
-                " adapter together, or open trained norms and biases without adapter_config.json"
+                f"{folder.path}: holds no LoRA, which target_modules of adapter_config.json speak of; copy the files of"
+                " one adapter together, or open trained norms and biases without adapter_config.json"
             )
         for (module, kind), held in sides.items():
             self._add(module, held, flipped=bool(kind))
