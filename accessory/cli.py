@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: (module with a main(argv), one li
     "api": ("accessory.serve.api.main", "serve a model to programs, through OpenAI's interface"),
     "export": ("accessory.export", "merge, convert, write and verify a model's folder"),
     "inspect": ("accessory.inspect", "print what a checkpoint folder holds, and verify it"),
-    "bench": ("accessory.bench", "measure decode, prefill and loading beside a peer and the machine's ceilings"),
+    "bench": ("accessory.bench", "measure decode, prefill, loading, training and serving, beside a peer"),
 }
 
 # What only --dry_run answers (the words are accessory.dialect's), and how other tools call our verbs. "quantise" is an

@@ -62,7 +62,7 @@ class Head(nn.Module):
         return self._whole(multiply(hidden, weight))
 
     def store(self, make: Callable[[Tensor], nn.Module]) -> None:
-        """Let a module hold the weight in its own way, (hidden) -> local logits; for inference. A tied one is copied."""
+        """Let a module hold the weight in its own way, hidden -> local logits, for inference; a tied one is copied."""
         self.storage = make((self._tied[0].weight if self._tied else self.weight).detach())
         if not self._tied:
             self.weight = None

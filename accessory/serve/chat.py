@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SYSTEM, IMAGE = "/system", "/image"
+BLOCK, MORE = '"""', "... "
+
 
 @dataclass
 class ChatSettings(ModelWords, GenerationWords):
@@ -93,12 +96,13 @@ class Chat:
     sees: bool = False
     images: Sequence[str] = ()
     """For the first question."""
+    _waiting: list[Image] = field(default_factory=list)
+    """Pictures that the next question is about."""
 
     def run(self) -> None:
         """Until `exit` or the end of the input."""
-        waiting = [self.look(name) for name in self.images]
-        seeing = f" `{PLACE}` in a question asks for a picture." if self.sees else ""
-        log.info("`clear` forgets the conversation, `exit` leaves; Ctrl-C stops an answer.%s", seeing)
+        self._waiting = [self.look(name) for name in self.images]
+        self._help()
         while True:
             text = self.keyboard.ask("\nUser: ")
             word = None if text is None else text.strip()
@@ -109,29 +113,75 @@ class Chat:
             if word == "clear":
                 self.speaker.history.clear()
                 log.info("The conversation is forgotten.")
-            elif word or self.speaker.takes_silence:
-                waiting = self._exchange(text or "", waiting)
+            else:
+                self._guarded(text or "")
 
-    def _exchange(self, text: str, waiting: list[Image]) -> list[Image]:
-        """One question and its answer; the pictures that still wait for a question."""
+    def _help(self) -> None:
+        pictures = f"; `{PLACE}` in a question asks for a picture, `{IMAGE} NAME` gives one" if self.sees else ""
+        log.info("`clear` forgets the conversation, `exit` leaves; Ctrl-C stops an answer%s.", pictures)
+        log.info('A line that begins with """ opens a text of many lines, which """ closes; `%s TEXT` is told', SYSTEM)
+        log.info("to the model before the conversation, and `%s` alone takes it back.", SYSTEM)
+
+    def _guarded(self, text: str) -> None:
+        """What a line asks for. In a terminal an error is shown; in a pipe it is raised."""
         try:
-            pictures = [*waiting]
-            places = text.count(PLACE) if self.sees else 0
-            for number in range(places - len(waiting)):
-                pictures.append(self._picture(number + 1))
-            asked = question(text, places=places > 0)
-            with self.keyboard.watching() as stopped:
-                answer, cut = self.speaker.answer(asked, pictures, stopped=stopped)
+            self._take(text)
         except (ValueError, OSError) as error:
             if not self.keyboard.terminal or isinstance(error, BrokenPipeError):
                 raise
             self._note(f"error: {error}")
-            return waiting
+
+    def _take(self, text: str) -> None:
+        """Do what a line says: a command with what follows it, or a question, either of many lines."""
+        command, _, rest = text.strip().partition(" ")
+        if command == SYSTEM:
+            self._instruct(self._whole(rest.lstrip()))
+        elif command == IMAGE and self.sees:
+            if not rest.strip():
+                raise ValueError(f"{IMAGE}: got no name, expected a path or a URL; write one behind it")
+            self._waiting.append(self.look(rest.strip()))
+            log.info("%d picture(s) wait for the next question.", len(self._waiting))
+        else:
+            asked = self._whole(text)
+            if asked.strip() or self.speaker.takes_silence:
+                self._exchange(asked)
+
+    def _whole(self, text: str) -> str:
+        """A text, which reads further lines where it opens a block. ValueError where nothing closes it."""
+        if not text.lstrip().startswith(BLOCK):
+            return text
+        line, lines = text.lstrip()[len(BLOCK) :], list[str]()
+        while not line.rstrip().endswith(BLOCK):
+            lines.append(line)
+            told = self.keyboard.ask(MORE if self.keyboard.terminal else "")
+            if told is None:
+                raise ValueError(f"block: got the end of the input, expected {BLOCK} to close the text; it is dropped")
+            line = told
+        lines.append(line.rstrip()[: -len(BLOCK)])
+        return "\n".join(lines).removeprefix("\n").removesuffix("\n")
+
+    def _instruct(self, text: str) -> None:
+        """Set what stands before the conversation; nothing: the template's own."""
+        self.speaker.instruct(text or None)
+        if text:
+            log.info("Told before the conversation: %s", text)
+        else:
+            log.info("Nothing is told before the conversation but what the template says.")
+
+    def _exchange(self, text: str) -> None:
+        """One question and its answer. The pictures that wait are its own once it could be asked."""
+        pictures = [*self._waiting]
+        places = text.count(PLACE) if self.sees else 0
+        for number in range(places - len(pictures)):
+            pictures.append(self._picture(number + 1))
+        asked = question(text, places=places > 0)
+        with self.keyboard.watching() as stopped:
+            answer, cut = self.speaker.answer(asked, pictures, stopped=stopped)
         if cut:
             self._note("(stopped)")
         if answer or not cut:
             self.speaker.history.add(asked, answer, pictures)
-        return []
+        self._waiting = []
 
     def _picture(self, number: int) -> Image:
         """Ask for a picture."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from accessory.serve.web.words import WebWords
+
 
 @dataclass
-class Settings:
+class Settings(WebWords):
     """What a person may say when starting a demo; the names are those of LLaMA2-Accessory."""
 
     prompt: list[str] = field(default_factory=list)
@@ -58,9 +60,14 @@ class Settings:
     """resized_center_crop or padded_resize; without it the model's own."""
     orientation: Literal["keep", "apply"] = "keep"
     """Photographs as they are stored (the reference's way), or turned as their EXIF says."""
+    web: bool = False
+    """Ask in a browser instead of here: serve a page, by default on this host alone."""
 
     def check(self) -> None:
         """ValueError for values that contradict each other."""
+        self.check_web()
+        if self.web and self.prompt:
+            raise ValueError("--web: got it with --prompt, expected one of them; ask in the page, or drop --web")
         if len(self.prompt) > 1:
             raise ValueError(f"--prompt: got {len(self.prompt)} values, expected one text; put it in quotes")
         if self.noinstruct and self.template not in ("", "none"):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from accessory.serve.fitting import fitted
 from accessory.serve.steady import safe_length
 
 if TYPE_CHECKING:
@@ -89,6 +90,23 @@ class Speaker:
             log.info("(cut after %d tokens; %s allows more)", len(answer.result.ids), self._bounds[not full])
         return answer.result.text, answer.result.finish == "cancelled"
 
+    def instruct(self, text: str | None) -> None:
+        """Tell the model this before the conversation; None: what the template tells it. ValueError for a template
+        without a place for it, and for a text that leaves no room."""
+        from accessory.engine import Conversation
+
+        talked, self.history = self.history, Conversation(system=text)
+        try:
+            length = self._engine.length(self._request(".", ()))
+        finally:
+            self.history = talked
+        if length >= self._engine.window:
+            raise ValueError(
+                f"system: got {length} tokens with a question, expected less than the window of {self._engine.window};"
+                f" shorten it or raise {self._bounds[0]}"
+            )
+        self.history.system = text
+
     def _show(self, part: str) -> None:
         """Print what may be shown now of the answer so far, and keep the rest."""
         if self._stream and not self._steady:
@@ -108,10 +126,8 @@ class Speaker:
         """The request. Of a history that leaves too little room for an answer the oldest exchanges go, not quietly."""
         from accessory.engine import Request
 
-        room, forgotten = min(self._length, self._engine.window // 4), 0
-        while True:
-            turns, shown = self.history.asked(text, pictures)
-            request = Request(
+        def make(turns: Sequence[Turn], shown: Sequence[PictureSource]) -> Request:
+            return Request(
                 turns,
                 pictures=shown,
                 template=self._template,
@@ -119,10 +135,8 @@ class Speaker:
                 max_gen_len=self._length,
                 stops=self._stops,
             )
-            if not self.history.exchanges or self._engine.length(request) + room <= self._engine.window:
-                break
-            self.history.forget_oldest()
-            forgotten += 1
+
+        request, forgotten = fitted(self._engine, self.history, text, pictures, make=make)
         if forgotten:
             log.info("(the window is full: the oldest %d exchange(s) of the conversation are forgotten)", forgotten)
         return request

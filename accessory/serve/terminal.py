@@ -1,4 +1,4 @@
-"""The demos: one question, or a session of them, in a terminal or through pipes.
+"""The demos: one question, or a session of them, in a terminal, through pipes or in a browser.
 
 Must not hold tensors or know how answers are made: it asks an engine. Answers go to stdout, all else to stderr.
 """
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Literal
 from accessory.config import parse
 from accessory.dist import launch
 from accessory.dist.place import read_place
+from accessory.serve.extras import need
 from accessory.serve.keyboard import Keyboard
 from accessory.serve.settings import Settings
 from accessory.serve.speaker import Speaker
+from accessory.serve.web.server import WEB, serve_page, wait_for_leader
 
 if TYPE_CHECKING:
     from accessory.assemble import Bundle
@@ -32,6 +34,7 @@ KINDS: dict[Kind, str] = {
     "multi_turn": "Talk with a language model; it remembers the conversation.",
     "single_turn_mm": "Ask a multimodal model about a picture, one question at a time.",
 }
+ROWS = 4  # questions that a page answers at once
 WINDOW = 4096  # tokens, where nobody asks for more: a cache of a long-context model's whole window may not fit
 
 
@@ -42,6 +45,8 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
     """
     settings = parse(Settings, argv, prog=f"{kind}.py", description=KINDS[kind])
     settings.check()
+    if settings.web:
+        need("--web", *WEB)
     if settings.gpu_ids:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpu_ids))
     launch(len(settings.gpu_ids) or settings.n_gpus or 1)
@@ -70,11 +75,18 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
     )
     window = bundle.config.max_seq_len if settings.max_seq_len else min(bundle.config.max_seq_len, WINDOW)
     with Engine(
-        bundle, ranks, rows=1, window=window, image_transform=settings.image_transform, orientation=settings.orientation
+        bundle,
+        ranks,
+        rows=ROWS if settings.web else 1,
+        window=window,
+        image_transform=settings.image_transform,
+        orientation=settings.orientation,
     ) as engine:
         if ranks.leader:
             _lead(kind, settings, sampling, engine, bundle)
         else:
+            if settings.web:
+                wait_for_leader()
             engine.follow()
     dist.close()
 
@@ -101,12 +113,31 @@ def _lead(kind: Kind, settings: Settings, sampling: Sampling, engine: Engine, bu
     dtype = f"{str(bundle.dtype).removeprefix('torch.')}{', NF4' if settings.quant else ''}"
     what = f"{bundle.llama_type}, {dtype}, template {template}, window {engine.window}"
     log.info("model: %s (%s)", bundle.source, what)
+    if settings.web:
+        _serve(kind, settings, sampling, engine, bundle, template)
+        return
     speaker = Speaker(engine, sampling, template, max_gen_len=settings.max_gen_len)
     if settings.prompt:
         speaker.answer(settings.prompt[0], [settings.image] if settings.image else [])
     else:
         with Keyboard() as keyboard:
             Session(kind, speaker, keyboard, image=settings.image).run()
+
+
+def _serve(kind: Kind, settings: Settings, sampling: Sampling, engine: Engine, bundle: Bundle, template: str) -> None:
+    """Rank 0: the page that fits the demo."""
+    from accessory.serve.web.front import first_picture, front_of
+    from accessory.serve.web.talk import wishes
+
+    front = front_of(
+        bundle,
+        engine,
+        template=template,
+        wishes=wishes(sampling, settings.max_gen_len),
+        remembers=kind == "multi_turn",
+        picture=first_picture([settings.image] if settings.image else [], sees=bundle.vision is not None),
+    )
+    serve_page(engine, front, settings, template=template)
 
 
 @dataclass
