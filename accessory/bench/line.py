@@ -30,7 +30,7 @@ class Line:
 
 def compare(lines: list[Line]) -> None:
     """Set each figure's ratio to the peer's figure of the same name; above 1 is better, whatever the unit."""
-    peers = {line.what: line for line in lines if line.side != "ours"}
+    peers = {line.what: line for line in lines if not line.side.startswith("ours")}
     for line in lines:
         if line.what in peers:
             pair = (line.rounds, peers[line.what].rounds)

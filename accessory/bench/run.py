@@ -68,7 +68,7 @@ class Settings:
     cores: int = 2
     """serve: processor cores that a side and its clients share, and its threads."""
     compile: bool = False
-    """serve: compile our step of answers, in the server and in the bare loop."""
+    """decode: our compiled step, too; serve: our step of answers compiled, in the server and in the bare loop."""
     server: str = ""
     """serve: further flags of accessory api, as one text."""
     peer_server: str = "--continuous-batching --cb-max-memory-percent 0.1"
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _speed(what: str, settings: Settings, device: torch.device, about: dict) -> list[Line]:
     """Tokens per second of every side, and the ceilings measured before and after them."""
     config, dtype = SHAPES[settings.shape], dtype_from_name(settings.dtype)
-    names = ["ours", *([settings.peer] if settings.peer != "none" else [])]
+    ours = ["ours", "ours compiled"] if settings.compile and what == "decode" else ["ours"]
+    names = [*ours, *([settings.peer] if settings.peer != "none" else [])]
     window = settings.prompt + settings.tokens + 8
     sides: dict[str, Side] = {name: SIDES[name](config, window=window, device=device, dtype=dtype) for name in names}
     limits = ceilings.Ceilings(device)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from accessory.engine.compiled import CompiledStep
 from accessory.model import Llama, LlamaConfig
 
 
@@ -47,6 +48,20 @@ class Ours:
         return self.model.output(hidden[:, -1:]).argmax(-1)
 
 
+class Compiled(Ours):
+    """The same, with the step of answers compiled."""
+
+    def __init__(self, config: LlamaConfig, *, window: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, window=window, device=device, dtype=dtype)
+        self._compiled = CompiledStep(self.model, self.cache)
+        self._compiled.warm()
+
+    def decode(self, token: Tensor) -> Tensor:
+        self.length += 1
+        logits = self._compiled(token.cpu(), torch.tensor([[self.length - 1]]), self.length)
+        return logits.argmax(-1, keepdim=True)
+
+
 class Transformers:
     """transformers' LlamaForCausalLM with its own dynamic cache and its default attention."""
 
@@ -74,7 +89,7 @@ class Transformers:
         return out.logits.argmax(-1)
 
 
-SIDES = {"ours": Ours, "transformers": Transformers}
+SIDES = {"ours": Ours, "ours compiled": Compiled, "transformers": Transformers}
 
 
 def hf_config(config: LlamaConfig) -> object:
