@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,13 @@ def test_a_window_of_many_lengths_is_compiled(tmp_path: Path):
 def test_deterministic_and_compiled_exclude_each_other(bundle):
     with pytest.raises(ValueError, match="compiled: got true with deterministic"):
         Engine(bundle, ONE, compiled=True, deterministic=True)
+
+
+def test_a_thread_that_steps_finds_what_was_compiled_before_it_began(bundle):
+    torch._dynamo.utils.counters.clear()
+    engine = Engine(bundle, ONE, rows=4, compiled=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(engine.generate, requests()).result()
+    assert answered == Engine(bundle, ONE, rows=4).generate(requests())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before

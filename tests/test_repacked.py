@@ -54,6 +54,7 @@ def test_logits_stay_within_what_bf16_tells_apart(kind: str, tmp_path: Path) -> 
     assert not any(name.endswith(("wq.weight", "w2.weight")) for name in bundle.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "llama_adapter"])
 def test_an_engine_answers_with_them(kind: str, tmp_path: Path) -> None:
     bundle = opened(write_model(tmp_path / "model", kind))
@@ -65,6 +66,7 @@ def test_an_engine_answers_with_them(kind: str, tmp_path: Path) -> None:
     assert same >= 4, "of five answers one may have met a tie in bf16"
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_with_them(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     results = run_ranks(_job, 2, folder)[0]

@@ -70,6 +70,7 @@ def test_a_model_in_another_form_is_exported_proven_and_found_again(monkeypatch,
     assert folder_of(words_of(folder), [str(folder)]) != made
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_the_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = hf.model_of("llama")
@@ -91,6 +92,7 @@ def test_a_hugging_face_folder_runs_as_it_is(monkeypatch, tmp_path) -> None:
     assert folder_of(words_of(base), [str(base)]) == base and not home().exists()
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_nothing(monkeypatch, folder, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("accessory.export.run.verify", lambda job, folder: (_ for _ in ()).throw(ValueError("far")))
@@ -139,6 +141,7 @@ def test_a_chat_talks_through_vllm(started, folder, monkeypatch, capfd) -> None:
     assert said("vllm") == said("huggingface") and len(started) == 1 and len(started[0].prompts) == 1
 
 
+@pytest.mark.slow
 def test_a_prediction_runs_through_vllm(started, folder, rows, tmp_path) -> None:
     lines = {}
     for backend in ("vllm", "huggingface"):
@@ -182,6 +185,7 @@ def test_the_words_of_other_tools_choose_it() -> None:
 # ---- LLaMA-Factory's scripts/vllm_infer.py
 
 
+@pytest.mark.slow
 def test_the_script_answers_and_scores_a_dataset(started, folder, rows, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--dataset", str(rows), "--temperature", "0", "--max_new_tokens", "6", "--cutoff_len", "64"]

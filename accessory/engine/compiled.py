@@ -40,6 +40,7 @@ class CompiledStep:
         began = time.monotonic()
         log.info("compiling the step of %d answers for %s positions ...", self._cache.rows, _listed(self.lengths))
         idle = torch.zeros(self._cache.rows, 1, dtype=torch.int64)
+        self(idle, idle - 1, 1, run=self._step)  # what is made at the first step is not to be compiled in
         with torch._dynamo.config.patch(recompile_limit=256):  # a long window has many lengths
             for length in self.lengths:
                 for _ in range(3 if self._device.type == "cuda" else 1):  # a graph is recorded on the second call
@@ -58,14 +59,16 @@ class CompiledStep:
             ) from error
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, positions: Tensor, extent: int) -> Tensor:
+    def __call__(
+        self, ids: Tensor, positions: Tensor, extent: int, *, run: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """ids, positions [rows, 1] int64 on the CPU (-1: nobody speaks) -> logits [rows, vocabulary] fp32.
 
-        They are valid until the next call.
+        They are valid until the next call. run: in place of what was compiled.
         """
         self._cache.extent = next(length for length in self.lengths if length >= extent)
         self._cache.reads = None
-        return self._run(ids.to(self._device), positions.to(self._device))
+        return (run or self._run)(ids.to(self._device), positions.to(self._device))
 
     def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self._model.output(self._model(ids, positions, cache=self._cache)[:, 0])

@@ -66,7 +66,7 @@ class Speaker:
     ) -> tuple[str, bool]:
         """Ask within the history and print the answer, ended by one newline; (what was said, whether it was stopped).
 
-        Raises ValueError or OSError for what cannot be asked; then nothing was printed.
+        Raises ValueError or OSError for what cannot be asked, where nothing was printed, and for what cannot go on.
         """
         answer = self._engine.submit(self._request(text, pictures))
         shown, self._held, self._last = 0, "", ""
@@ -85,6 +85,8 @@ class Speaker:
         if self._last != "\n":
             sys.stdout.write("\n")
         sys.stdout.flush()
+        if answer.result.finish == "error":
+            raise ValueError(answer.result.error)
         if answer.result.finish == "length":
             full = answer.result.prompt_tokens + len(answer.result.ids) >= self._engine.window
             log.info("(cut after %d tokens; %s allows more)", len(answer.result.ids), self._bounds[not full])

@@ -245,12 +245,11 @@ def _answers(engine: Engine, requests: Sequence[Request], questions: Sequence[Qu
             log.warning("validation: the question of %s cannot be asked: %s", question.where or "a row", error)
             answers.append(None)
     while not engine.idle:
-        try:
-            engine.step()
-        except ValueError as error:  # the engine has cancelled those whose logits were no numbers
-            log.warning("validation: answers failed: %s", error)
+        engine.step()
     results = [None if answer is None else answer.result for answer in answers]
-    return [None if result is None or result.finish == "cancelled" else result for result in results]
+    if failed := {result.error: None for result in results if result is not None and result.finish == "error"}:
+        log.warning("validation: answers failed: %s", "; ".join(failed))
+    return [None if result is None or result.finish in ("cancelled", "error") else result for result in results]
 
 
 def _matches(questions: Sequence[Question], results: Sequence[Result | None]) -> int:
