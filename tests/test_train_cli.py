@@ -85,6 +85,7 @@ def test_the_final_folder_and_a_checkpoint_behind_its_base_answer_in_the_demo(
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_run_at_tp_2_goes_on_at_dp_2_with_the_same_losses(trained: Path) -> None:
     run = trained / "other"
     shutil.copytree(trained / "run", run)
@@ -109,6 +110,7 @@ def test_a_run_at_tp_2_goes_on_at_dp_2_with_the_same_losses(trained: Path) -> No
     assert [line[1] for line in after[4:]] == pytest.approx([line[1] for line in before[4:]], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_a_larger_batch_takes_the_rows_that_are_left(tmp_path: Path) -> None:
     common = {"dataset": sums(tmp_path, 12), "output_dir": tmp_path / "run", "cutoff_len": 64, "packing": "false"}
     common |= {"save_steps": 4, "finetuning_type": "norm_bias"}
@@ -151,6 +153,7 @@ def test_one_row_trains_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.slow
 def test_rows_with_and_without_pictures_mix_on_two_ranks(tmp_path: Path, zero: int) -> None:
     train(
         tmp_path,
@@ -185,6 +188,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_rows(tmp_path: Path)
     assert "sums.json:" in said and "nothing was updated" in said
 
 
+@pytest.mark.slow
 def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path: Path) -> None:
     path = sums(tmp_path, 6)
     rows = json.loads(path.read_text())
@@ -205,6 +209,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "drawings.json:2" in said and "broken.png" in said
 
 
+@pytest.mark.slow
 def test_pictures_and_rows_that_were_passed_over_are_counted_over_all_ranks_and_restarts(tmp_path: Path) -> None:
     path = drawings(tmp_path, 4)
     rows = json.loads(path.read_text())
@@ -225,6 +230,7 @@ def test_a_data_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     assert "nowhere.json" in said and "no such file" in said
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     settings = {"dataset": sums(tmp_path), "output_dir": tmp_path / "run", "max_steps": 100000, "cutoff_len": 64}
     first = subprocess.Popen(
@@ -260,6 +266,7 @@ def test_the_log_has_the_learning_rates_of_the_parts_that_train(tmp_path: Path) 
     assert (line["lr"], line["lr_vision"]) == (3e-3, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_in_no_folder_and_not_trained_is_refused(tmp_path: Path) -> None:
     weights = {"output_dir": tmp_path / "text", "train_from_scratch": "true", "save_steps": 0, "max_steps": 1}
     tokenizer = ROOT / "accessory" / "tiny" / "tokenizer.model"

@@ -56,6 +56,7 @@ def words_of(*paths: Path, **more: object) -> ModelWords:
     return ModelWords(model_name_or_path=[str(path) for path in paths], infer_backend="vllm", **more)
 
 
+@pytest.mark.slow
 def test_a_model_in_another_form_is_exported_proven_and_found_again(monkeypatch, folder, tmp_path, caplog) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
