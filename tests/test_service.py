@@ -174,3 +174,21 @@ def test_a_service_that_closes_lets_answers_end_in_time_and_cancels_the_rest(bun
         assert job.future.result(0).finish == "cancelled" and engine.running == 0
         with pytest.raises(Closed):
             service.submit(asking())
+
+
+def test_a_call_that_ends_the_engine_ends_the_service(bundle):
+    def fatal(engine):
+        engine.close()
+        raise ConnectionError("a rank is gone")
+
+    with Engine(bundle, ONE, rows=1) as engine, Service(engine) as service:
+        with pytest.raises(ConnectionError):
+            service.call(fatal).result(60)
+        wait_for(lambda: not service.alive, "the service noticed")
+        assert isinstance(service.error, ConnectionError)
+
+
+def test_a_call_that_fails_alone_leaves_the_service_alive(service):
+    with pytest.raises(WindowError):
+        service.call(lambda engine: engine.logits(list(range(3, 40)) * 30)).result(60)
+    assert service.submit(asking()).future.result(60).finish == "length" and service.alive

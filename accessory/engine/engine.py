@@ -121,6 +121,11 @@ class Engine:
         return len(self._running)
 
     @property
+    def over(self) -> bool:
+        """Whether it was closed, or failed so that no request can be answered any more."""
+        return self._over
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of all keys and values on this rank."""
         return self._worker.cache.nbytes

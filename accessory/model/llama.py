@@ -204,8 +204,10 @@ class Llama(nn.Module):
         near = mask & (positions[:, None, :, None] - keys[:, None, None, :] < window)
         return near, first_keys(near) if step.cache is None and near.device.type == "cpu" else None
 
-    def new_cache(self, *, rows: int, size: int, dtype: torch.dtype | None = None) -> Cache:
-        """A cache for `rows` requests of up to `size` tokens, on the model's device."""
+    def new_cache(
+        self, *, rows: int, size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Cache:
+        """A cache for `rows` requests of up to `size` tokens, on the model's device; on `meta` it only has sizes."""
         wk, norm = self.layers[0].attention.wk, self.norm.weight
         kv_heads = wk.cuts["weight"].local_shape[0] // self.config.head_dim
         return Cache(
@@ -214,7 +216,7 @@ class Llama(nn.Module):
             size=size,
             kv_heads=kv_heads,
             head_dim=self.config.head_dim,
-            device=norm.device,
+            device=norm.device if device is None else device,
             dtype=norm.dtype if dtype is None else dtype,
         )
 

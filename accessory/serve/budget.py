@@ -52,7 +52,7 @@ def rows_within(model: ModelWords, serving: ServingWords, bundle: Bundle) -> int
         return serving.max_concurrent
     longest = bundle.config.max_seq_len
     window = longest if model.max_seq_len else min(longest, WINDOW)
-    each = bundle.model.new_cache(rows=1, size=window).nbytes
+    each = bundle.model.new_cache(rows=1, size=window, device="meta").nbytes
     rows = min(serving.max_concurrent, int(serving.cache_gb * 1e9 // each))
     if rows < 1:
         raise ValueError(

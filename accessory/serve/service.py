@@ -328,6 +328,8 @@ class Service:
             future.set_result(work(self.engine))
         except BaseException as error:
             future.set_exception(error)
+            if self.engine.over:  # the error was its end, and not the caller's alone
+                raise
 
     def _die(self, error: BaseException) -> None:
         """Tell everybody that the engine failed."""

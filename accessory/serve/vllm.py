@@ -119,7 +119,7 @@ class VllmEngine:
         queue: int | None = None,
         picture: int | None = None,
     ) -> None:
-        self.rows, self.window, self.stats = rows, window, Stats()
+        self.rows, self.window, self.stats, self.over = rows, window, Stats(), False
         self.cache_bytes = 0
         """vLLM takes vllm_gpu_util of each GPU, and does not say how much of it is keys and values."""
         self._prompter = Prompter(bundle, window=window, orientation=orientation)
