@@ -280,3 +280,25 @@ def test_a_photograph_is_turned_as_its_exif_says_where_asked(bundle, tmp_path):
         return Engine(bundle, ONE, orientation=orientation).generate([request])[0].ids
 
     assert answer("turned.png", "apply") == answer("upright.png", "keep") != answer("turned.png", "keep")
+
+
+def test_a_prompt_of_ids_is_taken_as_it_is_and_goes_on_where_it_ends(bundle):
+    engine = Engine(bundle, ONE)
+    spoken = raw("the quick brown fox")
+    ids = engine.prepare(spoken).ids
+    assert engine.prepare(Request("", ids=ids)).ids == ids
+    assert engine.generate([Request("", ids=ids, max_gen_len=8)]) == engine.generate([spoken])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"ids": []}, "ids: got none"),
+        ({"ids": [5, 10**6]}, "ids: got 1000000, expected one or more token ids from 0 to"),
+        ({"ids": [5], "turns": "hello"}, "ids: got them with turns"),
+        ({"ids": [5] * 300}, "prompt: got 300 tokens"),
+    ],
+)
+def test_ids_that_cannot_be_a_prompt_are_refused(bundle, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Engine(bundle, ONE, window=200).submit(Request(**{"turns": "", **wrong}))

@@ -89,15 +89,16 @@ def test_an_iterator_that_is_dropped_frees_its_row(service):
     assert service.engine.stats.finished["cancelled"] == 1
 
 
-def test_a_request_is_cancelled_while_its_prompt_is_made(service):
-    going, made = threading.Event(), threading.Event()
+def test_a_request_is_cancelled_while_its_prompt_is_made(service, monkeypatch):
+    going, made, plain = threading.Event(), threading.Event(), service.engine.prepare
 
-    def slow(engine, request):
+    def slow(request):
         made.set()
         assert going.wait(60)
-        return engine.prepare(request)
+        return plain(request)
 
-    job = service.submit(asking(), prepare=slow)
+    monkeypatch.setattr(service.engine, "prepare", slow)
+    job = service.submit(asking())
     assert made.wait(60)
     job.cancel()
     assert job.future.result(60).finish == "cancelled"

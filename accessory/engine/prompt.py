@@ -151,6 +151,8 @@ class Prompter:
         self, request: Request, sizes: Sequence[Size], answer: str | None = None
     ) -> tuple[Template, list[Part], Encoded]:
         """The same, once the sizes of the pictures are known."""
+        if request.ids is not None:
+            return self._given(request, list(request.ids), answer)
         template = request.template or self._template
         form = get_template(template) if isinstance(template, str) else template
         turns, counts = self._turns(request), self._geometry.count(sizes)
@@ -163,6 +165,17 @@ class Prompter:
         if not encoded.ids:
             raise ValueError("prompt: got no token, expected at least one as this tokenizer has no BOS; say something")
         return form, parts, encoded
+
+    def _given(self, request: Request, ids: list[int], answer: str | None) -> tuple[Template, list[Part], Encoded]:
+        """A prompt of ids, which goes on where they end. ValueError for what is no id, and for what they exclude."""
+        wrong = [token for token in ids if not 0 <= token < self._vocabulary]
+        if wrong or not ids:
+            got = f"{wrong[0]}" if wrong else "none"
+            raise ValueError(f"ids: got {got}, expected one or more token ids from 0 to {self._vocabulary - 1}")
+        if request.turns or request.pictures or answer is not None:
+            raise ValueError("ids: got them with turns, pictures or a text to score, expected ids alone; give one")
+        text = self.tokenizer.decode(ids)
+        return get_template("none"), [Text(text)], Encoded(ids, [-1] * len(ids), [False] * len(ids), text)
 
     def _sizes(self, request: Request) -> list[Size]:
         """Width and height of each picture, (1, 1) where they decide nothing."""

@@ -77,6 +77,8 @@ class Request:
     """Nothing but length ends the answer: what stops others, ids and strings, is ordinary. For measurements."""
     client: str = ""
     """Whose request it is: the queue takes clients in turn."""
+    ids: Sequence[int] | None = None
+    """The prompt as token ids, as they are, in place of `turns`, which are then ""; without pictures or a template."""
 
 
 @dataclass(frozen=True)

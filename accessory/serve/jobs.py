@@ -8,18 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accessory.engine import Answer, Event, Request, Result
 
-if TYPE_CHECKING:
-    from accessory.engine import Engine
-    from accessory.engine.prompt import Prompt
-
 Item = Event | BaseException
 Listen = Callable[[Item], None]
-Prepare = Callable[["Engine", Request], "Prompt"]
-"""Makes a request's prompt, on any thread."""
 
 
 class Closed(RuntimeError):
@@ -29,15 +23,8 @@ class Closed(RuntimeError):
 class Job:
     """A request under way. `future` has its result, or what it failed by."""
 
-    def __init__(
-        self,
-        request: Request,
-        listen: Listen | Inbox | None,
-        drop: Callable[[Job], Any],
-        *,
-        prepare: Prepare | None = None,
-    ) -> None:
-        self.request, self.listen, self.prepare, self._drop = request, listen, prepare, drop
+    def __init__(self, request: Request, listen: Listen | Inbox | None, drop: Callable[[Job], Any]) -> None:
+        self.request, self.listen, self._drop = request, listen, drop
         self.answer: Answer | None = None
         """Once the engine has it."""
         self.future: Future[Result] = Future()

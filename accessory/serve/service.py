@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from accessory.engine import Answer, Engine, Event, Request, Result
 from accessory.engine.waiting import QueueFull
-from accessory.serve.jobs import Closed, Inbox, Item, Job, Listen, Lots, Prepare, deliver
+from accessory.serve.jobs import Closed, Inbox, Item, Job, Listen, Lots, deliver
 
 __all__ = ["Closed", "Inbox", "Job", "Lots", "Service"]
 
@@ -70,13 +70,13 @@ class Service:
             self._device = torch.cuda.current_device()  # which is a thread's own
         self._thread.start()
 
-    def submit(self, request: Request, listen: Listen | Inbox | None = None, *, prepare: Prepare | None = None) -> Job:
+    def submit(self, request: Request, listen: Listen | Inbox | None = None) -> Job:
         """Ask, from any thread. listen: gets each event, the last one with the result, or what the request failed by;
-        it is called on the engine's thread and must not wait. prepare: makes the prompt; None: the engine does.
+        it is called on the engine's thread and must not wait.
 
         A cancelled request's last event has token -1. Raises QueueFull, and Closed once nothing is answered.
         """
-        job = Job(request, listen, self._cancel, prepare=prepare)
+        job = Job(request, listen, self._cancel)
         with self._wake:
             if self.error is not None or self._closing:
                 raise Closed("engine: got a request after its end, expected none; start it again") from self.error
@@ -88,13 +88,13 @@ class Service:
         self._pool.submit(self._prepare, job)
         return job
 
-    async def open(self, request: Request, prepare: Prepare | None = None) -> Lots:
+    async def open(self, request: Request) -> Lots:
         """Ask from an event loop, and wait until the request is accepted.
 
         Raises what `Engine.submit` raises for what cannot be asked, QueueFull, Closed, or what ended the engine.
         """
         inbox = Inbox(asyncio.get_running_loop())
-        job = self.submit(request, inbox, prepare=prepare)
+        job = self.submit(request, inbox)
         try:
             await inbox.accepted
         except BaseException:
@@ -112,10 +112,10 @@ class Service:
         finally:
             lots.cancel()
 
-    async def ask(self, request: Request, prepare: Prepare | None = None) -> Result:
+    async def ask(self, request: Request) -> Result:
         """The whole answer, for event loops; being cancelled cancels the request. Raises as `open` does."""
         inbox = Inbox(asyncio.get_running_loop(), whole=True)
-        job = self.submit(request, inbox, prepare=prepare)
+        job = self.submit(request, inbox)
         try:
             await inbox.accepted
             (last,) = await inbox.take()
@@ -194,8 +194,7 @@ class Service:
         if job.cancelled:
             return  # the engine's thread finishes it
         try:
-            own = self.engine.prepare
-            prompt = own(job.request) if job.prepare is None else job.prepare(self.engine, job.request)
+            prompt = self.engine.prepare(job.request)
         except BaseException as error:
             self._tell(functools.partial(self._fail, job, error))
             return

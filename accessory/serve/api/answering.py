@@ -10,8 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accessory.serve.api.chunks import DONE, Chunks, failure
@@ -19,8 +18,7 @@ from accessory.serve.api.errors import ApiError, refusal
 from accessory.serve.api.tools import Speech, whole_calls
 
 if TYPE_CHECKING:
-    from accessory.engine import Engine, Event, Odds, Request, Result
-    from accessory.engine.prompt import Prompt
+    from accessory.engine import Event, Odds, Result
     from accessory.serve.api.asking import Asked
     from accessory.serve.api.logprobs import Spelling
     from accessory.serve.service import Lots, Service
@@ -69,8 +67,7 @@ class Answering:
 
     async def whole(self) -> bytes:
         """The answer in one piece. Raises what a request failed by."""
-        prepared = self._prepared()
-        results = await together(self.service.ask(request, prepare) for request, prepare in prepared)
+        results = await together(self.service.ask(request) for request in self.asked.requests)
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
             _check(result)
@@ -106,7 +103,7 @@ class Answering:
 
     async def open(self) -> None:
         """Have all choices accepted, so that what is wrong with them is said before the first byte."""
-        opening = [self.service.open(request, prepare) for request, prepare in self._prepared()]
+        opening = [self.service.open(request) for request in self.asked.requests]
         opened = await together(opening, undo=lambda lots: lots.cancel())
         for choice, lots in zip(self.choices, opened, strict=True):
             choice.lots = lots
@@ -203,29 +200,6 @@ class Answering:
             "total_tokens": asked + said,
             "prompt_tokens_details": {"cached_tokens": sum(result.cached for result in prompts)},
         }
-
-    def _prepared(self) -> list[tuple[Request, Any]]:
-        """The requests, and how their prompts are made where they are ids."""
-        ids = self.asked.ids or [None] * len(self.asked.requests)
-        return [
-            (request, None if given is None else partial(prompt_of, ids=given))
-            for request, given in zip(self.asked.requests, ids, strict=True)
-        ]
-
-
-def prompt_of(engine: Engine, request: Request, *, ids: list[int]) -> Prompt:
-    """The prompt of a request whose text stands for ids. Raises WindowError where they do not fit."""
-    from accessory.engine import WindowError
-    from accessory.engine.prefix import keys_of
-
-    if len(ids) >= engine.window:
-        raise WindowError(
-            f"prompt: got {len(ids)} tokens, expected at most {engine.window - 1} in a window of {engine.window}; "
-            "shorten it"
-        )
-    slots, made = [-1] * len(ids), engine.prepare(request)
-    limit = min(request.max_gen_len, engine.window - len(ids))
-    return replace(made, ids=ids, slots=slots, keys=keys_of(ids, slots, [], []), limit=limit)
 
 
 async def merged(choices: list[Choice]) -> AsyncIterator[tuple[Choice, list[Event]]]:

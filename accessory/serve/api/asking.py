@@ -43,8 +43,6 @@ class Asked:
     """The tools, where the answer may call some."""
     echoes: list[str] = field(default_factory=list)
     """What stands before each choice's text; none without echo."""
-    ids: list[list[int] | None] = field(default_factory=list)
-    """Of each request the prompt as ids, where it was given so."""
     prompts: int = 1
     """How many prompts there are; each has as many choices."""
 
@@ -89,8 +87,8 @@ def ask_completion(body: CompletionBody, served: Served, client: str) -> Asked:
     for prompt in prompts:
         ids = None if isinstance(prompt, str) else _checked(prompt, served)
         request = Request(
-            # ids stand in the place of the text: what is not empty goes on without a space of its own
-            prompt if isinstance(prompt, str) else "x",
+            prompt if isinstance(prompt, str) else "",
+            ids=ids,
             template="none",
             max_gen_len=length,
             logprobs=body.logprobs,
@@ -98,7 +96,6 @@ def ask_completion(body: CompletionBody, served: Served, client: str) -> Asked:
         )
         copies = _copies(request, body, served)
         requests += copies
-        asked.ids += [ids] * len(copies)
         if body.echo:
             asked.echoes += [prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)] * len(copies)
     return asked
