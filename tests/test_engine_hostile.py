@@ -215,7 +215,7 @@ def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = write_model(tmp_path_factory.mktemp("wide") / "model", endless=True, **sizes)
     bundle = open_model([folder], ranks=ONE, dtype=torch.float32 if request.param == "fp32" else torch.bfloat16)
     if request.param == "reordered":
-        repack(bundle.model)
+        repack(bundle.model, rows=2)
     return bundle
 
 

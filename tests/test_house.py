@@ -18,7 +18,7 @@ SCRIPTS = sorted(path for name in ("demos", "tools", "exps") for path in (ROOT /
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*LIBRARY, *SCRIPTS]}
 
 FLOORS = [
-    {"config", "dialect", "dist", "metrics"},
+    {"config", "dialect", "dist", "metrics", "native"},
     {"model", "vision", "checkpoint", "data"},
     {"peft", "quant", "release"},
     {"assemble"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_toys import ONE, picture, write_model
 
+from accessory import native
 from accessory.assemble import Bundle, open_model
 from accessory.dist import Ranks
 from accessory.engine import Engine, Request, Result
@@ -20,6 +21,16 @@ KINDS = {
     "llama_adapter": {"tied": True},
     "llama_qformerv2_peft": {},
 }
+
+
+@pytest.fixture(params=["ours", "oneDNN"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose order the weights are brought into."""
+    if request.param == "ours" and not native.available():
+        pytest.skip("no kernels of our own here")
+    if request.param == "oneDNN":
+        monkeypatch.setattr("accessory.quant.repacked.available", lambda: False)
+    return request.param
 
 
 def opened(folder: Path, ranks: Ranks = ONE, **options) -> Bundle:
@@ -43,23 +54,23 @@ def logits(bundle: Bundle, rows: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_stay_within_what_bf16_tells_apart(kind: str, tmp_path: Path) -> None:
+def test_logits_stay_within_what_bf16_tells_apart(kind: str, order: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", kind, **KINDS[kind])
     plain, exact = opened(folder), open_model([folder], ranks=ONE, dtype=torch.float32)
     for rows in (1, 2, 16, 40):
         expected, own = logits(plain, rows), logits(exact, rows)
         bundle = opened(folder)
-        assert repack(bundle.model)
+        assert repack(bundle.model, rows=3)
         assert (logits(bundle, rows) - expected).abs().max() <= 2 * (expected - own).abs().max()
     assert not any(name.endswith(("wq.weight", "w2.weight")) for name in bundle.model.state_dict())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llava", "llama_adapter"])
-def test_an_engine_answers_with_them(kind: str, tmp_path: Path) -> None:
+def test_an_engine_answers_with_them(kind: str, order: str, tmp_path: Path) -> None:
     bundle = opened(write_model(tmp_path / "model", kind))
     before = answers(bundle)
-    repack(bundle.model)
+    repack(bundle.model, rows=3)
     after = answers(bundle)
     assert [result.finish for result in after] == [result.finish for result in before]
     same = sum(one.ids == other.ids for one, other in zip(before, after, strict=True))
@@ -76,21 +87,28 @@ def test_two_ranks_answer_with_them(tmp_path: Path) -> None:
 
 def _job(ranks: Ranks, folder: Path) -> list[Result] | None:
     bundle = opened(folder, ranks)
-    assert repack(bundle.model)
+    assert repack(bundle.model, rows=3)
     return answers(bundle, ranks, deterministic=True)
+
+
+def test_one_row_keeps_a_plain_weight_where_only_onednn_is_there(tmp_path: Path, monkeypatch) -> None:
+    model = opened(write_model(tmp_path / "model", sees=False, kind="llama")).model
+    monkeypatch.setattr("accessory.quant.repacked.available", lambda: False)
+    assert not repack(model, rows=1) and model.layers[0].attention.wq.weight is not None
+    assert repack(model, rows=2) and model.layers[0].attention.wq.weight is None
 
 
 def test_other_dtypes_and_quantised_layers_stay_as_they_are(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", sees=False, kind="llama")
-    assert not repack(open_model([folder], ranks=ONE, dtype=torch.float32).model)
+    assert not repack(open_model([folder], ranks=ONE, dtype=torch.float32).model, rows=3)
     quantised = opened(folder, quant=True)
     storage = quantised.model.layers[0].attention.wq.storage
-    assert repack(quantised.model) and quantised.model.layers[0].attention.wq.storage is storage
+    assert repack(quantised.model, rows=3) and quantised.model.layers[0].attention.wq.storage is storage
 
 
 @pytest.mark.slow
-def test_the_compiled_step_multiplies_with_them(tmp_path: Path) -> None:
+def test_the_compiled_step_multiplies_with_them(order: str, tmp_path: Path) -> None:
     bundle = opened(write_model(tmp_path / "model", endless=True))
-    repack(bundle.model)
+    repack(bundle.model, rows=3)
     plain, compiled = answers(bundle), answers(bundle, compiled=True)
     assert sum(one.ids == other.ids for one, other in zip(plain, compiled, strict=True)) >= 4

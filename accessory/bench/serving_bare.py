@@ -50,8 +50,7 @@ class Loop:
         self.model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
         load(self.model, checkpoint, device=device, dtype=dtype)
         self.model.eval().requires_grad_(False).fuse()
-        if rows > 1:
-            repack(self.model)
+        repack(self.model, rows=rows)
         self.cache = self.model.new_cache(rows=rows, size=window)
         self.device, self.rows = device, rows
         self.step = CompiledStep(self.model, self.cache) if compiled else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accessory.engine.compiled import CompiledStep
 from accessory.model import Llama, LlamaConfig
+from accessory.quant import repack
 
 
 class Side(Protocol):
@@ -25,12 +26,13 @@ class Side(Protocol):
 
 
 class Ours:
-    """The decoder as the engine runs it: fused weights, a static cache."""
+    """The decoder as the engine runs it: fused weights in its own order, a static cache."""
 
     def __init__(self, config: LlamaConfig, *, window: int, device: torch.device, dtype: torch.dtype) -> None:
         self.model = Llama(config, device=device, dtype=dtype).eval().requires_grad_(False)
         fill(self.model)
         self.model.fuse()
+        repack(self.model, rows=1)
         self.cache = self.model.new_cache(rows=1, size=window)
         self.length = 0
 

@@ -27,7 +27,8 @@ class CompiledStep:
         _check(model)
         self._model, self._cache = model, cache
         self._device = model.norm.weight.device
-        self.lengths = lengths(cache.size)
+        # a kernel that reads each row as far as it goes needs no lengths
+        self.lengths = [cache.size] if cache.by_row else lengths(cache.size)
         for tensor in (*cache.keys, *cache.values):
             torch._dynamo.mark_static_address(tensor)
         mode = "reduce-overhead" if self._device.type == "cuda" else None

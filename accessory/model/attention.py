@@ -17,6 +17,7 @@ from accessory.model.cache import Cache, Place
 from accessory.model.parallel import Column, Row, together
 from accessory.model.rope import rotate
 from accessory.model.spelled import spelled_out
+from accessory.native import attend as attend_rows
 
 
 @dataclass
@@ -33,8 +34,10 @@ class Step:
     """(layer, q [B, T, H, D]) -> what a zero-init adapter adds to the attention's output, [B, T, H * D]."""
     starts: list[int] | None = None
     """Where segments are packed, on a CPU: the first key that each block of queries may see."""
+    window: int | None = None
+    """Of layers that slide: how many tokens a query sees."""
     near: Tensor | None = None
-    """The mask of layers with a sliding window."""
+    """The mask of these layers."""
     near_starts: list[int] | None = None
 
 
@@ -67,16 +70,25 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in together(x, (self.wq, self.wk, self.wv)))
         q, k = rotate(q, step.turns), rotate(k, step.turns)  # (B, T, H, D)
-        if step.cache is None:
-            keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            keys, values = step.cache.write(self.layer, step.place, k, v)
-        mask, starts = (step.near, step.near_starts) if self.slides else (step.mask, step.starts)
-        reads = None if step.place is None else step.place.reads
-        y = attend(q, keys, values, mask=mask, starts=starts) if reads is None else apart(q, keys, values, mask, reads)
+        y = self._attend(q, k, v, step)
         if step.prompt is not None and (extra := step.prompt(self.layer, q)) is not None:
             y = y + extra
         return self.wo(y)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """What this layer's queries see, [B, T, H * D]; keys and values go to the cache, where there is one."""
+        mask, starts = (step.near, step.near_starts) if self.slides else (step.mask, step.starts)
+        cache, place = step.cache, step.place
+        if cache is None:
+            return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask, starts=starts)
+        cache.write(self.layer, place, k, v)
+        if cache.by_row and q.shape[1] == 1 and q.dtype == torch.bfloat16:
+            window = step.window if self.slides else None
+            return attend_rows(q, cache.keys[self.layer], cache.values[self.layer], step.positions, place.rows, window)
+        if place.mask is None:
+            return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
+        keys, values = cache.read(self.layer, place)
+        return attend(q, keys, values, mask=mask) if place.reads is None else apart(q, keys, values, mask, place.reads)
 
 
 def apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, reads: list[int]) -> Tensor:

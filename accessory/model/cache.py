@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from accessory.native import attends, store, zeros
+
 STEP = 64  # what is read grows in such steps: few shapes, for kernels that are prepared per shape
 
 
@@ -51,11 +53,13 @@ class Cache:
         dtype: torch.dtype,
     ) -> None:
         shape = (rows, kv_heads, size + 1, head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.keys = [zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows, self.size, self.extent = rows, size, size
         self.reads: list[int] | None = None
+        self.by_row = attends(self.keys[0])
+        """Whether one new token a row is attended to by a kernel that reads each row as far as it goes."""
         self._slots = torch.arange(size, device=device)
 
     @property
@@ -93,18 +97,21 @@ class Cache:
         """Slots that are read for so many positions."""
         return min(-(-max(extent, 1) // STEP) * STEP, self.size)
 
-    def write(self, layer: int, place: Place, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, T, kv_heads, D] of one layer; return all that may be seen, [B, kv_heads, read, D] each.
-
-        These are views of the cache for rows 0..B-1, copies for other rows, and k, v themselves where they are all.
-        """
+    def write(self, layer: int, place: Place, k: Tensor, v: Tensor) -> None:
+        """Store k, v [B, T, kv_heads, D] of one layer."""
         keys, values = self.keys[layer], self.values[layer]
+        if self.by_row and k.dtype == v.dtype == keys.dtype and not torch.compiler.is_compiling():
+            return store(k, v, keys, values, place.index[2], place.rows)
         keys[place.index] = k.to(keys.dtype)
         values[place.index] = v.to(values.dtype)
-        if place.mask is None:
-            return k.transpose(1, 2), v.transpose(1, 2)
-        rows = slice(0, k.shape[0]) if place.rows is None else place.rows
-        return keys[rows, :, : place.read], values[rows, :, : place.read]
+
+    def read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
+        """All that may be seen in one layer where there is a mask, [B, kv_heads, read, D] each.
+
+        These are views of the cache for rows 0..B-1, copies for other rows.
+        """
+        rows = slice(0, len(place.index[2])) if place.rows is None else place.rows
+        return self.keys[layer][rows, :, : place.read], self.values[layer][rows, :, : place.read]
 
 
 def _starts_over(positions: Tensor) -> bool:

@@ -171,7 +171,8 @@ class Llama(nn.Module):
             h = torch.where((slots >= 0).unsqueeze(-1), features.to(h.dtype)[slots.clamp(min=0)], h)
         step = self._step(positions, cache, rows, segments)
         if self.config.sliding_window is not None:
-            step.near, step.near_starts = self._near(step, self.config.sliding_window)
+            step.window = self.config.sliding_window
+            step.near, step.near_starts = self._near(step, step.window)
         if self.prompt is not None:
             step.prompt = self.prompt.begin(self, step, visual)
         for layer in self.layers:

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accessory import native
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim (arXiv 1910.07467), the division in fp32, the result as x."""
+    if native.serves(x) and weight.dtype == x.dtype:
+        return native.norm(x, weight, eps)
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         return _Norm.apply(x, weight, eps)
     wide = x.float()
@@ -20,6 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
+    if native.serves(gate):
+        return native.swiglu(gate, up)
     if torch.is_grad_enabled() and gate.requires_grad and not torch.compiler.is_compiling():
         return _SwiGlu.apply(gate, up)
     return F.silu(gate) * up

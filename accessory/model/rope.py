@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory import native
+
 KINDS = ("none", "linear", "ntk", "dynamic", "llama3")
 
 
@@ -75,6 +77,8 @@ def grows(scaling: float | dict[str, Any] | None) -> bool:
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x [B, T, H, D] by `turns`; computed in fp32, returned as x."""
+    if native.serves(x):
+        return native.rotate(x, turns)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # compilers do not fuse complex numbers
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)

@@ -1,7 +1,8 @@
-"""Weights in the order in which a CPU multiplies a few rows of bf16 by them: for engines that answer many at once.
+"""Weights in the order in which a CPU multiplies bf16 by them: for models that only answer.
 
-Must not know what the layers mean. oneDNN brings a plain weight into this order at every call: 41 ms for a step of 16
-rows of a 110m model on two Zen 4 cores, 18 for what is kept so (one row is faster as it was: see `multiply`).
+Must not know what the layers mean. The order is our kernels' where there are some (`native.Packed`). Elsewhere it is
+oneDNN's, for engines of several rows: it brings a plain weight into this order at every call, 28 ms for a step of 16
+rows of a 110m model on two Zen 4 cores, 16 for what is kept so and 10 with our kernels; one row is faster as it was.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from accessory.model import Llama
 from accessory.model.parallel import Linear
+from accessory.native import Packed, available
 
-ROWS = 16  # how many rows the order is made for; others are multiplied too
+ROWS = 16  # how many rows oneDNN's order is made for; others are multiplied too
 
 
-class Repacked(nn.Module):
-    """(x [..., in], bias) -> x W^T + b, of a weight that only this multiplies."""
+class Reordered(nn.Module):
+    """(x [..., in], bias) -> x W^T + b, of a weight in oneDNN's order."""
 
     def __init__(self, weight: Tensor) -> None:
         """weight: bf16 [out, in] on a CPU; it may be let go."""
@@ -42,7 +44,7 @@ class Repacked(nn.Module):
 class Part(nn.Module):
     """Some rows of a weight that several linears share, for whoever wants one of them alone."""
 
-    def __init__(self, whole: Repacked, start: int, rows: int) -> None:
+    def __init__(self, whole: nn.Module, start: int, rows: int) -> None:
         super().__init__()
         self._whole, self._start, self._rows = [whole], start, rows  # in a list: it is the pack's
 
@@ -51,26 +53,35 @@ class Part(nn.Module):
         return y if bias is None else y + bias
 
 
-def repack(model: Llama) -> bool:
-    """Reorder all weights of a model that will only answer, where that helps; whether it was done.
+def repack(model: Llama, *, rows: int) -> bool:
+    """Reorder all weights of a model that will only answer, `rows` at once, where that helps; whether it was done.
 
-    On a CPU, in bf16, with oneDNN. The plain weights are let go; what is quantised stays as it is.
+    On a CPU, in bf16. The plain weights are let go; what is quantised stays as it is.
     """
-    norm = model.norm.weight
-    if norm.device.type != "cpu" or norm.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    make = _order(model.norm.weight, rows)
+    if make is None:
         return False
     for layer in model.layers:
         attention, ffn = layer.attention, layer.feed_forward
         for group in ((attention.wq, attention.wk, attention.wv), (ffn.w1, ffn.w3), (attention.wo,), (ffn.w2,)):
             if all(linear.storage is None for linear in group):
-                _repack(group)
-    model.output.store(Repacked)
+                _repack(group, make)
+    model.output.store(make)
     return True
 
 
-def _repack(group: tuple[Linear, ...]) -> None:
+def _order(norm: Tensor, rows: int) -> type[nn.Module] | None:
+    """What keeps the weights of a model with such a norm; None: they stay as they are."""
+    if norm.device.type != "cpu" or norm.dtype != torch.bfloat16:
+        return None
+    if available():
+        return Packed
+    return Reordered if rows > 1 and torch.backends.mkldnn.is_available() else None
+
+
+def _repack(group: tuple[Linear, ...], make: type[nn.Module]) -> None:
     """Give linears that read one input one weight."""
-    whole = Repacked(torch.cat([linear.weight.detach() for linear in group]))
+    whole = make(torch.cat([linear.weight.detach() for linear in group]))
     start = 0
     for linear in group:
         rows = len(linear.weight)
@@ -81,7 +92,7 @@ def _repack(group: tuple[Linear, ...]) -> None:
 
 
 _NUMBERS = itertools.count()
-_KEPT: weakref.WeakValueDictionary[int, Repacked] = weakref.WeakValueDictionary()
+_KEPT: weakref.WeakValueDictionary[int, Reordered] = weakref.WeakValueDictionary()
 
 
 def _multiply(x: Tensor, bias: Tensor | None, number: int, rows: int) -> Tensor:

@@ -162,7 +162,7 @@ def open_engine(
 ) -> Engine:
     """This rank's engine. orientation: of photographs, where the words leave it open. how: as `Engine` takes it.
 
-    for_good: nobody else reads the model's weights, so that those of an engine of several rows may be reordered.
+    for_good: nobody else reads the model's weights, so that they may be reordered.
     """
     longest = bundle.config.max_seq_len
     how = {"window": longest if words.max_seq_len else min(longest, WINDOW), **how}
@@ -174,8 +174,8 @@ def open_engine(
     from accessory.engine import Engine
     from accessory.quant import repack
 
-    if for_good and rows > 1:
-        repack(bundle.model)
+    if for_good:
+        repack(bundle.model, rows=rows)
     return Engine(bundle, ranks, rows=rows, image_transform=words.image_transform, orientation=turned, **how)
 
 

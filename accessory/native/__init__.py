@@ -1,0 +1,13 @@
+"""Kernels of our own for CPUs that multiply bf16 themselves (AVX512-BF16): products, and the attention of answers.
+
+Must not know models. They are compiled by the machine's g++ at first use and kept; where that cannot be, `available` is
+False, and whoever asks goes on with torch's.
+"""
+
+from accessory.native.attending import attend, attends, store
+from accessory.native.building import available
+from accessory.native.memory import zeros
+from accessory.native.pointwise import norm, rotate, serves, swiglu
+from accessory.native.product import Packed
+
+__all__ = ["Packed", "attend", "attends", "available", "norm", "rotate", "serves", "store", "swiglu", "zeros"]

@@ -1,0 +1,115 @@
+"""Compiles the kernels once for a machine and opens them.
+
+Must not know what they compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *(f"-m{name}" for name in INSTRUCTIONS))
+OFF = "ACCESSORY_NATIVE"
+"""Environment: 0 for torch's kernels alone."""
+PATIENCE = 120  # seconds that a compiler may take
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+CALLS = {
+    "pack": "ppnni",
+    "multiply": "pnpppnnni",
+    "attends": "n",
+    "attend": "ppppppnnnnnnnfi",
+    "norm": "pnppnnfi",
+    "swiglu": "ppnpnni",
+    "rotate": "pnppnnni",
+    "store": "ppnnppppnnnnnnni",
+}
+"""What each kernel takes, a letter an argument."""
+
+
+def available() -> bool:
+    """Whether the kernels can be called here."""
+    return library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where they are switched off, or the processor or the compiler lacks something.
+
+    They share torch's OpenMP library, and so its threads.
+    """
+    if os.environ.get(OFF) == "0" or not suits(processor()):
+        return None
+    try:
+        kernels = ctypes.CDLL(str(built(SOURCE)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        log.warning("no kernels of our own, torch's are slower here: %s", said.strip().partition("\n")[0])
+        return None
+    for name, letters in CALLS.items():
+        getattr(kernels, name).argtypes = [TYPES[letter] for letter in letters]
+    return kernels
+
+
+def suits(flags: set[str]) -> bool:
+    """Whether a processor with these flags is one that the kernels are for: AMX does better, through oneDNN."""
+    needed = {name.replace("avx512bf16", "avx512_bf16") for name in INSTRUCTIONS}
+    return platform.machine() == "x86_64" and needed <= flags and "amx_bf16" not in flags
+
+
+def processor() -> set[str]:
+    """What the processor says of itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def built(source: Path) -> Path:
+    """The compiled file below $XDG_CACHE_HOME/accessory/native (~/.cache), made now where it is not there.
+
+    Raises OSError without a compiler or a place to write, CalledProcessError for what does not compile.
+    """
+    compiler, openmp = shutil.which(os.environ.get("CXX", "g++")), _openmp()
+    name = hashlib.sha256("\0".join([source.read_text(encoding="utf-8"), *FLAGS, openmp]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accessory" / "native"
+    target = folder / f"kernels-{name}.so"
+    if target.exists():
+        return target
+    if compiler is None:
+        raise OSError(f"{os.environ.get('CXX', 'g++')}: got no such compiler, expected g++; install it")
+    log.info("compiling the kernels for this machine, once ...")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may be at it
+        part, whole = Path(made) / "kernels.o", Path(made) / "kernels.so"
+        _call([compiler, *FLAGS, "-c", str(source), "-o", str(part)])
+        _call([compiler, "-shared", str(part), openmp, "-o", str(whole)])
+        whole.replace(target)
+    return target
+
+
+def _openmp() -> str:
+    """The OpenMP library that torch has opened; OSError where it is not GNU's."""
+    torch.get_num_threads()
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        found = sorted({line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line})
+    if not found:
+        raise OSError("libgomp: got a torch without it, expected torch's wheel for Linux")
+    return found[0]
+
+
+def _call(command: list[str]) -> None:
+    """Run a compiler; what it says comes with the error."""
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)

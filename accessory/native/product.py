@@ -1,0 +1,68 @@
+"""x W^T of bf16 for a weight that only this multiplies: packed for the kernel, the fastest from one row to many.
+
+Must not know layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accessory.native.building import library
+from accessory.native.memory import zeros
+
+PANEL = 64  # outputs of a panel, as in kernels.cpp
+
+
+class Packed(nn.Module):
+    """(x [..., in], bias [out]) -> x W^T + b, bf16, for inference. A row's result does not depend on the other rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: bf16 [out, in] on a CPU where the kernels are `available`; it may be let go."""
+        super().__init__()
+        assert weight.dtype == torch.bfloat16 and weight.device.type == "cpu", f"no kernel for {weight.dtype} here"
+        weight = _even(weight.detach()).contiguous()
+        self.rows, inputs = weight.shape
+        packed = zeros([-(-self.rows // PANEL) * PANEL * inputs], dtype=torch.bfloat16)
+        library().pack(weight.data_ptr(), packed.data_ptr(), self.rows, inputs, torch.get_num_threads())
+        self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.accessory.multiply_packed(x, self.packed, bias, self.rows)
+        return _multiply(x, self.packed, bias, self.rows)
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """The product itself."""
+    flat = _even(x).flatten(0, -2)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    library().multiply(
+        flat.data_ptr(),
+        flat.stride(0),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        len(flat),
+        rows,
+        flat.shape[1],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _even(x: Tensor) -> Tensor:
+    """x [..., in], with a zero behind an odd `in`: inputs are multiplied two by two."""
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
+
+
+# an operator, which a compiler calls as it is
+_LIBRARY = torch.library.Library("accessory", "FRAGMENT")
+_LIBRARY.define("multiply_packed(Tensor x, Tensor packed, Tensor? bias, int rows) -> Tensor")
+_LIBRARY.impl("multiply_packed", _multiply, "CPU")
+torch.library.register_fake(
+    "accessory::multiply_packed", lambda x, packed, bias, rows: x.new_empty(*x.shape[:-1], rows), lib=_LIBRARY
+)

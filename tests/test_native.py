@@ -1,0 +1,223 @@
+"""Kernels of our own: products and attention against plain formulas, rows that never see each other, other machines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from accessory import native
+from accessory.model.pointwise import rms_norm, swiglu
+from accessory.model.rope import Rope, rotate
+from accessory.native import building
+
+here = pytest.mark.skipif(not native.available(), reason="this processor does not multiply bf16, or there is no g++")
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+@here
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 32), (100, 34), (130, 768), (5, 1), (3, 7), (192, 130)])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 100])
+def test_a_product_is_the_plain_one_rounded_once(outputs: int, inputs: int, rows: int) -> None:
+    torch.manual_seed(0)
+    weight, x, bias = drawn(outputs, inputs), drawn(rows, inputs), drawn(outputs)
+    packed, exact = native.Packed(weight), x.double() @ weight.double().T
+    size = (x.double().abs() @ weight.double().abs().T) * 2**-20  # what fp32 sums may lose
+    for y, expected in ((packed(x), exact), (packed(x, bias), exact + bias.double())):
+        assert y.dtype == torch.bfloat16
+        assert ((y.double() - expected).abs() <= expected.abs() * 2**-8 + size).all()
+
+
+@here
+def test_a_row_of_a_product_is_the_same_alone_and_among_others() -> None:
+    torch.manual_seed(0)
+    packed, x = native.Packed(drawn(200, 96)), drawn(3, 41, 96)
+    whole = packed(x)
+    assert whole.shape == (3, 41, 200)
+    assert all(torch.equal(packed(x[:, at]), whole[:, at]) for at in range(41))
+    assert torch.equal(packed(x.transpose(0, 1)).transpose(0, 1), whole)
+    assert torch.equal(packed(torch.cat([x, x], -1)[..., :96]), whole)
+
+
+def plain(q: Tensor, keys: Tensor, values: Tensor, last: int, window: int | None) -> Tensor:
+    """One query [H, D] over keys and values [G, S, D], in doubles."""
+    first = 0 if window is None else max(0, last - window + 1)
+    each = len(q) // len(keys)
+    k, v = (x[:, first : last + 1].double().repeat_interleave(each, 0) for x in (keys, values))
+    p = ((k @ q.double().unsqueeze(-1)).squeeze(-1) * q.shape[-1] ** -0.5).softmax(-1)
+    return (p.unsqueeze(1) @ v).flatten()
+
+
+@here
+@pytest.mark.parametrize(
+    ("width", "heads", "groups", "window"), [(64, 12, 12, None), (128, 8, 2, None), (32, 4, 1, 7), (96, 6, 3, 100)]
+)
+def test_attention_over_rows_is_the_formula(width: int, heads: int, groups: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    q, keys, values = drawn(5, 1, heads, width), drawn(8, groups, 301, width), drawn(8, groups, 301, width)
+    positions, rows = torch.tensor([[0], [5], [299], [-1], [63]]), torch.tensor([7, 0, 3, 3, 1])
+    y = native.attend(q, keys, values, positions, rows, window)
+    assert y.shape == (5, 1, heads * width) and not y[3].any()
+    for at in (0, 1, 2, 4):
+        expected = plain(q[at, 0], keys[rows[at]], values[rows[at]], int(positions[at]), window)
+        assert (y[at, 0].double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+    alone = native.attend(q[2:3], keys, values, positions[2:3], rows[2:3], window)
+    assert torch.equal(alone, y[2:3])
+    assert torch.equal(native.attend(q[:1], keys[7:], values[7:], positions[:1], None, window), y[:1])
+
+
+@here
+def test_what_is_no_number_stays_so_in_its_row_alone() -> None:
+    torch.manual_seed(0)
+    q, keys, values = drawn(2, 1, 2, 32), drawn(2, 2, 40, 32), drawn(2, 2, 40, 32)
+    keys[0, 1, 3, 0] = float("nan")
+    values[1, :, 30:] = float("inf")  # behind what is read
+    y = native.attend(q, keys, values, torch.tensor([[20], [20]]))
+    assert y[0, 0, 32:].isnan().all() and y[0, 0, :32].isfinite().all() and y[1].isfinite().all()
+
+
+@here
+def test_scores_that_lie_far_apart_overflow_nowhere() -> None:
+    q = torch.full((1, 1, 1, 32), 100.0).bfloat16()
+    keys = torch.stack([torch.full((32,), sign * 100.0) for sign in (-1.0, 1.0, 0.0)])[None, None].bfloat16()
+    values = torch.stack([torch.full((32,), number) for number in (1.0, 2.0, 3.0)])[None, None].bfloat16()
+    assert native.attend(q, keys, values, torch.tensor([[2]])).eq(2.0).all()
+
+
+@here
+def test_heads_of_other_widths_are_left_to_torch() -> None:
+    assert native.attends(drawn(1, 1, 8, 64)) and not native.attends(drawn(1, 1, 8, 80))
+    assert not native.attends(torch.zeros(1, 1, 8, 64))
+
+
+@here
+def test_what_is_stored_lies_at_its_positions_and_padding_in_the_last_slot() -> None:
+    torch.manual_seed(0)
+    joined = drawn(2, 3, 5 * 32)
+    k, v = (part.unflatten(-1, (2, 32)) for part in joined.split([64, 64, 32], -1)[:2])
+    positions, rows = torch.tensor([[4, 5, 6], [0, 1, -1]]), torch.tensor([3, 1])
+    for places in (rows, None):
+        keys, values = drawn(4, 2, 9, 32), drawn(4, 2, 9, 32)
+        expected = []
+        for tensor, new in ((keys.clone(), k), (values.clone(), v)):
+            tensor[(torch.arange(2) if places is None else places)[:, None], :, positions] = new
+            expected.append(tensor)
+        native.store(k, v, keys, values, positions, places)
+        assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+@here
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 600)])
+def test_norm_gate_and_rotation_are_the_models_formulas(shape: tuple[int, int], monkeypatch) -> None:
+    torch.manual_seed(0)
+    x, weight, both = drawn(*shape, 96) * 3, drawn(96), drawn(*shape, 160) * 4
+    gate, up = both.split(80, -1)
+    heads, turns = drawn(*shape, 160)[..., 32:].unflatten(-1, (4, 32)), Rope(32, 10000.0)(torch.arange(shape[1])[None])
+    with torch.inference_mode():
+        ours = rms_norm(x, weight, 1e-5), swiglu(gate, up), rotate(heads, turns)
+        monkeypatch.setattr(native, "serves", lambda x: False)
+        plain = rms_norm(x, weight, 1e-5), swiglu(gate, up), rotate(heads, turns)
+    for one, other in zip(ours, plain, strict=True):
+        assert one.shape == other.shape and one.is_contiguous()
+        far = (one.float() - other.float()).abs() > 2**-7 * other.float().abs()  # another rounding, then another one
+        assert not far.any()
+        assert (one != other).float().mean() < 0.01
+
+
+@here
+def test_a_gate_far_out_is_open_or_shut_and_no_number_stays_none() -> None:
+    gate = torch.tensor([300.0, -300.0, float("nan"), 0.0] * 4).bfloat16()
+    y = native.swiglu(gate[None], torch.ones(1, 16).bfloat16())[0]
+    assert y[0] == 300 and y[1].abs() < 1e-30 and y[2].isnan() and y[3] == 0
+    assert native.norm(gate[None], torch.ones(16).bfloat16(), 1e-5).isnan().all()
+
+
+@here
+def test_what_has_gradients_is_left_to_torch() -> None:
+    x = drawn(2, 32)
+    assert native.serves(x) and native.serves(x.requires_grad_().detach())
+    assert not native.serves(x) and not native.serves(x.float().detach()) and not native.serves(x.detach()[:, :10])
+    with torch.no_grad():
+        assert native.serves(x)
+
+
+@pytest.mark.parametrize("numbers", [3, 5 << 20])
+def test_memory_in_huge_pages_is_zero_and_writable(numbers: int) -> None:
+    tensor = native.zeros((2, numbers), dtype=torch.bfloat16)
+    assert tensor.shape == (2, numbers) and not tensor.any()
+    tensor[1, -1] = 2
+    assert tensor.sum() == 2
+
+
+def test_processors_are_told_apart() -> None:
+    able = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}
+    assert building.suits(able) == (building.platform.machine() == "x86_64")
+    assert not building.suits(able - {"avx512_bf16"}) and not building.suits(able | {"amx_bf16"})
+
+
+def tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **environment: str) -> object:
+    """What a fresh process would open, with an empty cache."""
+    monkeypatch.setattr(building, "suits", lambda flags: True)
+    for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    return building.library.__wrapped__()
+
+
+def test_without_a_compiler_a_line_says_so_and_torch_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tried(monkeypatch, tmp_path, CXX="no-such-compiler") is None
+    assert "no kernels of our own, torch's are slower here: no-such-compiler: got no such compiler" in caplog.text
+
+
+def test_what_does_not_compile_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "kernels.cpp"
+    broken.write_text("this is not C++\n")
+    monkeypatch.setattr(building, "SOURCE", broken)
+    assert tried(monkeypatch, tmp_path / "cache") is None
+    assert "no kernels of our own" in caplog.text
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "accessory").write_text("in the way\n")
+    assert tried(monkeypatch, tmp_path) is None
+    assert "no kernels of our own" in caplog.text
+
+
+def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tried(monkeypatch, tmp_path, ACCESSORY_NATIVE="0") is None
+
+
+@here
+def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = building.built(building.SOURCE)
+    assert made.parent == tmp_path / "accessory" / "native" and list(made.parent.iterdir()) == [made]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert building.built(building.SOURCE) == made
+
+
+@here
+def test_they_run_on_torchs_threads() -> None:
+    """A second OpenMP library would have threads of its own, which wait beside torch's."""
+    code = """
+import torch
+from accessory import native
+w = torch.randn(64, 64).bfloat16()
+(w @ w, native.Packed(w)(w))
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
