@@ -140,12 +140,33 @@ def test_a_gate_far_out_is_open_or_shut_and_no_number_stays_none() -> None:
 
 
 @here
-def test_what_has_gradients_is_left_to_torch() -> None:
+@pytest.mark.parametrize("rows", [(1, 3), (2, 700)])
+def test_gradients_are_those_of_the_formulas_in_fp32(rows: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x, weight, gate, up = drawn(*rows, 96) * 3, drawn(96), drawn(*rows, 96) * 4, drawn(*rows, 96)
+    heads, turns = drawn(*rows, 3, 32), Rope(32, 10000.0)(torch.arange(rows[1])[None])
+    cases = [
+        (lambda x, weight: rms_norm(x, weight, 1e-5), (x, weight)),
+        (swiglu, (gate, up)),
+        (lambda heads: rotate(heads, turns), (heads,)),
+    ]
+    for formula, given in cases:
+        ours, exact = (
+            [t.detach().to(dtype).requires_grad_() for t in given] for dtype in (torch.bfloat16, torch.float32)
+        )
+        dy = drawn(*formula(*exact).shape)
+        formula(*ours).backward(dy)
+        formula(*exact).backward(dy.float())
+        for one, other in zip(ours, exact, strict=True):
+            wrong = (one.grad.float() - other.grad).abs()
+            assert one.grad.dtype == torch.bfloat16
+            assert (wrong <= 2**-8 * other.grad.abs() + 2**-18 * other.grad.abs().max()).all()
+
+
+@here
+def test_they_are_called_for_bf16_in_whole_registers_alone() -> None:
     x = drawn(2, 32)
-    assert native.serves(x) and native.serves(x.requires_grad_().detach())
-    assert not native.serves(x) and not native.serves(x.float().detach()) and not native.serves(x.detach()[:, :10])
-    with torch.no_grad():
-        assert native.serves(x)
+    assert native.serves(x) and not native.serves(x.float()) and not native.serves(x[:, :10])
 
 
 @pytest.mark.parametrize("numbers", [3, 5 << 20])

@@ -77,13 +77,26 @@ def grows(scaling: float | dict[str, Any] | None) -> bool:
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x [B, T, H, D] by `turns`; computed in fp32, returned as x."""
-    if native.serves(x):
-        return native.rotate(x, turns)
+    if native.serves(x) and not turns.requires_grad:
+        return _Rotation.apply(x, turns) if torch.is_grad_enabled() and x.requires_grad else native.rotate(x, turns)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # compilers do not fuse complex numbers
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.view_as_complex(turns)).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """By kernel; backward turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return native.rotate(x, turns)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
+        return native.rotate(dy, *ctx.saved_tensors, backwards=True), None
 
 
 def _normal(scaling: float | dict[str, Any] | None) -> dict[str, Any]:

@@ -7,7 +7,20 @@ False, and whoever asks goes on with torch's.
 from accessory.native.attending import attend, attends, store
 from accessory.native.building import available
 from accessory.native.memory import zeros
-from accessory.native.pointwise import norm, rotate, serves, swiglu
+from accessory.native.pointwise import norm, norm_backward, rotate, serves, swiglu, swiglu_backward
 from accessory.native.product import Packed
 
-__all__ = ["Packed", "attend", "attends", "available", "norm", "rotate", "serves", "store", "swiglu", "zeros"]
+__all__ = [
+    "Packed",
+    "attend",
+    "attends",
+    "available",
+    "norm",
+    "norm_backward",
+    "rotate",
+    "serves",
+    "store",
+    "swiglu",
+    "swiglu_backward",
+    "zeros",
+]

@@ -34,7 +34,9 @@ CALLS = {
     "attend": "ppppppnnnnnnnfi",
     "norm": "pnppnnfi",
     "swiglu": "ppnpnni",
-    "rotate": "pnppnnni",
+    "norm_backward": "pppppnnfi",
+    "swiglu_backward": "pppppni",
+    "rotate": "pnppnnnii",
     "store": "ppnnppppnnnnnnni",
 }
 """What each kernel takes, a letter an argument."""

@@ -1,6 +1,6 @@
 """The norm, the gate and the rotation of a block, in one pass each, with the roundings of `model`'s formulas.
 
-Must not know layers. For inference: nothing here has a gradient.
+Must not know layers, nor how torch finds gradients: what computes them is called by name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ MULTIPLE = 16  # numbers that are worked on at once
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these can be called for x, bf16 on a CPU: where kernels are, and nothing is compiled or has gradients."""
-    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] % MULTIPLE:
+    """Whether these can be called for x: bf16 on a CPU where there are kernels, and nothing is being compiled."""
+    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16 or x.device.type != "cpu":
         return False
-    return not (torch.is_grad_enabled() and x.requires_grad) and library() is not None
+    return x.shape[-1] % MULTIPLE == 0 and library() is not None
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,6 +27,27 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     threads = torch.get_num_threads()
     library().norm(flat.data_ptr(), flat.stride(0), weight.data_ptr(), y.data_ptr(), rows, width, eps, threads)
     return y
+
+
+def norm_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, eps: float, *, of_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and, where wanted, of the weight, which is summed in fp32."""
+    x, dy, threads = x.contiguous(), dy.contiguous(), torch.get_num_threads()
+    width, dx = x.shape[-1], torch.empty_like(x)
+    parts = torch.zeros(threads, width) if of_weight else None
+    library().norm_backward(
+        x.data_ptr(),
+        weight.data_ptr(),
+        dy.data_ptr(),
+        dx.data_ptr(),
+        None if parts is None else parts.data_ptr(),
+        x.numel() // width,
+        width,
+        eps,
+        threads,
+    )
+    return dx, None if parts is None else parts.sum(0).type_as(weight)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -39,8 +60,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """The pairs of x [B, T, H, D] turned by turns [B, T, 1, D / 2, 2], fp32 cosines and sines."""
+def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
+    dgate, dup, threads = torch.empty_like(gate), torch.empty_like(up), torch.get_num_threads()
+    pointers = [tensor.data_ptr() for tensor in (gate, up, dy, dgate, dup)]
+    library().swiglu_backward(*pointers, gate.numel(), threads)
+    return dgate, dup
+
+
+def rotate(x: Tensor, turns: Tensor, *, backwards: bool = False) -> Tensor:
+    """The pairs of x [B, T, H, D] turned by turns [B, T, 1, D / 2, 2], fp32 cosines and sines; or turned back."""
     batch, length, heads, width = x.shape
     flat, y = _rows(x.flatten(2)), torch.empty(x.shape, dtype=x.dtype)
     turns = turns.expand(batch, length, 1, width // 2, 2).contiguous()
@@ -52,6 +82,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
         batch * length,
         heads,
         width,
+        backwards,
         torch.get_num_threads(),
     )
     return y
