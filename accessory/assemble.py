@@ -85,26 +85,26 @@ def open_model(
     max_seq_len: int | None = None,
     anyres_compat: Literal["llava", "hf"] | None = None,
     weights: bool = True,
+    joined: bool = True,
 ) -> Bundle:
     """Open folders of weights (base, then delta or PEFT folders in order) as this rank's model, for inference.
 
     Without paths: the tiny model that ships with the package. llama_type, llama_config (JSON files, later ones
-    override) and tokenizer_path are needed only where the folders do not say. dtype: of weights and computation, None
-    for the device's default. quant: NF4 storage of the seven linears of each layer. max_seq_len: the window in tokens.
-    anyres_compat: whose tiling a LLaVA follows, None for its folder's family. weights: False leaves it on meta.
-    Raises ValueError or OSError, in one sentence, for anything that does not fit; then nothing is half loaded.
+    override) and tokenizer_path are for folders that do not say. dtype: of weights and computation, None for the
+    device's default. quant: the layers' linears in NF4. max_seq_len: the window in tokens. anyres_compat: whose tiling
+    a LLaVA follows, None for its folder's family. weights: False leaves it on meta. joined: weights that read one input
+    share a buffer; False where `quant.settle` follows.
+    Raises ValueError or OSError for anything that does not fit; then nothing is half loaded.
     """
     if not paths:
         log.info(_NO_PATH)
-        paths = [TINY]
-    checkpoint = open_folders(paths)
+    checkpoint = open_folders(paths or [TINY])
     keys = {key for source in checkpoint.sources for key in source.stored}
     tokenizer = open_tokenizer(_tokenizer_path(checkpoint, tokenizer_path))
     config = {**checkpoint.config, **read_configs(llama_config)}
     if "dim" not in config:
         log.warning("no params.json or config.json says the model's sizes: taking LLaMA 7B's; give --llama_config")
-    if max_seq_len:
-        config = with_window(config, max_seq_len)
+    config = with_window(config, max_seq_len) if max_seq_len else config
     spec = read_spec(
         config,
         llama_type=llama_type or checkpoint.meta.get("llama_type"),
@@ -120,7 +120,7 @@ def open_model(
     if weights:
         load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
     model.eval().requires_grad_(False)
-    if weights and not quant:
+    if weights and joined:
         model.fuse()
     return Bundle(
         model=model,

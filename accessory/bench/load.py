@@ -30,11 +30,13 @@ OURS = """
 import sys, torch
 from accessory.assemble import build, load, read_spec
 from accessory.checkpoint import open_folders
+from accessory.quant import settle
 folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
 checkpoint = open_folders(folder)
 model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
 load(model, checkpoint, device=device, dtype=dtype)
-model.eval().requires_grad_(False).fuse()
+model.eval().requires_grad_(False)
+settle(model, rows=1)
 with torch.inference_mode():
     ids = torch.arange(1, 9, device=device).unsqueeze(0)
     cache = model.new_cache(rows=1, size=16)

@@ -44,13 +44,13 @@ class Loop:
         from accessory.assemble import build, load, read_spec
         from accessory.checkpoint import open_folders
         from accessory.engine.compiled import CompiledStep
-        from accessory.quant import repack
+        from accessory.quant import settle
 
         checkpoint = open_folders(folder)
         self.model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
         load(self.model, checkpoint, device=device, dtype=dtype)
-        self.model.eval().requires_grad_(False).fuse()
-        repack(self.model, rows=rows)
+        self.model.eval().requires_grad_(False)
+        settle(self.model, rows=rows)
         self.cache = self.model.new_cache(rows=rows, size=window)
         self.device, self.rows = device, rows
         self.step = CompiledStep(self.model, self.cache) if compiled else None

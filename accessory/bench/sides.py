@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accessory.engine.compiled import CompiledStep
 from accessory.model import Llama, LlamaConfig
-from accessory.quant import repack
+from accessory.quant import settle
 
 
 class Side(Protocol):
@@ -31,8 +31,7 @@ class Ours:
     def __init__(self, config: LlamaConfig, *, window: int, device: torch.device, dtype: torch.dtype) -> None:
         self.model = Llama(config, device=device, dtype=dtype).eval().requires_grad_(False)
         fill(self.model)
-        self.model.fuse()
-        repack(self.model, rows=1)
+        settle(self.model, rows=1)
         self.cache = self.model.new_cache(rows=1, size=window)
         self.length = 0
 

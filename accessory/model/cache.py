@@ -53,8 +53,9 @@ class Cache:
         dtype: torch.dtype,
     ) -> None:
         shape = (rows, kv_heads, size + 1, head_dim)
-        self.keys = [zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.values = [zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        # filled, so that what does not fit is known now
+        self.keys = [zeros(shape, device=device, dtype=dtype).zero_() for _ in range(layers)]
+        self.values = [zeros(shape, device=device, dtype=dtype).zero_() for _ in range(layers)]
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows, self.size, self.extent = rows, size, size
         self.reads: list[int] | None = None

@@ -230,7 +230,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             attention, ffn = layer.attention, layer.feed_forward
             for group in ((attention.wq, attention.wk, attention.wv), (ffn.w1, ffn.w3)):
-                if all(linear.storage is None for linear in group):
+                if all(linear.storage is None and linear.pack is None for linear in group):
                     pack(group)
 
 

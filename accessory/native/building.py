@@ -28,7 +28,7 @@ OFF = "ACCESSORY_NATIVE"
 PATIENCE = 120  # seconds that a compiler may take
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 CALLS = {
-    "pack": "ppnni",
+    "pack": "ppnnni",
     "multiply": "pnpppnnni",
     "attends": "n",
     "attend": "ppppppnnnnnnnfi",

@@ -182,21 +182,22 @@ Attend attend_of(long width) {
 
 extern "C" {
 
-// The weight [outputs][inputs], inputs even, as panels [inputs / 2][PANEL][2]; what the last one lacks is zero.
-void pack(const uint16_t* weight, uint16_t* packed, long outputs, long inputs, int threads) {
-    const long pairs = inputs / 2, panels = (outputs + PANEL - 1) / PANEL, block = 16;
+// The weight [outputs][inputs], inputs even, to panels [inputs / 2][PANEL][2], from output `start` of them on, which is
+// a multiple of 16; what the last panel lacks stays as it is.
+void pack(const uint16_t* weight, uint16_t* packed, long start, long outputs, long inputs, int threads) {
+    const long pairs = inputs / 2, groups = (outputs + 15) / 16, per_panel = PANEL / 16, before = start / 16;
+    const __m512i numbers = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i apart = _mm512_mullo_epi32(numbers, _mm512_set1_epi32((int)pairs));  // of 16 rows, in pairs
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long p = 0; p < panels; p++) {
-        uint32_t* out = (uint32_t*)(packed + p * pairs * 2 * PANEL);
-        for (long start = 0; start < pairs; start += block)
-            for (long r = 0; r < PANEL; r++) {
-                const long row = p * PANEL + r;
-                for (long k = start; k < std::min(start + block, pairs); k++) {
-                    uint32_t two = 0;
-                    if (row < outputs) memcpy(&two, weight + row * inputs + 2 * k, sizeof two);
-                    out[k * PANEL + r] = two;
-                }
-            }
+    for (long group = 0; group < groups; group++) {
+        const __mmask16 there = first(outputs - 16 * group);
+        const uint16_t* in = weight + 16 * group * inputs;
+        const long at = before + group;
+        uint16_t* out = packed + (at / per_panel * pairs * PANEL + at % per_panel * 16) * 2;
+        for (long k = 0; k < pairs; k++) {
+            const __m512i two = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, apart, in + 2 * k, 4);
+            _mm512_storeu_si512(out + k * 2 * PANEL, two);
+        }
     }
 }
 

@@ -16,7 +16,10 @@ PAGE = 2 << 20  # bytes of a huge page
 
 
 def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Zeros, on a CPU in huge pages where the system has any. Raises MemoryError or OSError where they do not fit."""
+    """Zeros, on a CPU in huge pages where the system has any, and taken from it where they are first touched.
+
+    Raises MemoryError or OSError where they do not fit.
+    """
     count = math.prod(shape)
     size = count * dtype.itemsize
     if torch.device(device).type != "cpu" or size < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -26,4 +29,4 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | st
     memory.madvise(mmap.MADV_HUGEPAGE)
     bytes_in = torch.frombuffer(memory, dtype=torch.uint8)
     start = -bytes_in.data_ptr() % PAGE
-    return bytes_in[start : start + size].view(dtype).view(*shape).zero_()
+    return bytes_in[start : start + size].view(dtype).view(*shape)

@@ -12,20 +12,28 @@ from torch import Tensor, nn
 from accessory.native.building import library
 from accessory.native.memory import zeros
 
-PANEL = 64  # outputs of a panel, as in kernels.cpp
+PANEL, GROUP = 64, 16  # outputs of a panel, and of what it is packed by, as in kernels.cpp
 
 
 class Packed(nn.Module):
     """(x [..., in], bias [out]) -> x W^T + b, bf16, for inference. A row's result does not depend on the other rows."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: bf16 [out, in] on a CPU where the kernels are `available`; it may be let go."""
+    def __init__(self, *weights: Tensor) -> None:
+        """weights: bf16 [out, in] each, one behind the other, on a CPU where the kernels are `available`.
+
+        They may be let go.
+        """
         super().__init__()
-        assert weight.dtype == torch.bfloat16 and weight.device.type == "cpu", f"no kernel for {weight.dtype} here"
-        weight = _even(weight.detach()).contiguous()
-        self.rows, inputs = weight.shape
+        assert all(w.dtype == torch.bfloat16 and w.device.type == "cpu" for w in weights), f"no kernel: {weights}"
+        if any(len(weight) % GROUP for weight in weights[:-1]):
+            weights = (torch.cat(weights),)
+        self.rows, inputs = sum(map(len, weights)), _even(weights[0]).shape[1]
         packed = zeros([-(-self.rows // PANEL) * PANEL * inputs], dtype=torch.bfloat16)
-        library().pack(weight.data_ptr(), packed.data_ptr(), self.rows, inputs, torch.get_num_threads())
+        start, threads = 0, torch.get_num_threads()
+        for weight in weights:
+            weight = _even(weight.detach()).contiguous()
+            library().pack(weight.data_ptr(), packed.data_ptr(), start, len(weight), inputs, threads)
+            start += len(weight)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

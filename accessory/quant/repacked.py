@@ -23,11 +23,11 @@ ROWS = 16  # how many rows oneDNN's order is made for; others are multiplied too
 class Reordered(nn.Module):
     """(x [..., in], bias) -> x W^T + b, of a weight in oneDNN's order."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: bf16 [out, in] on a CPU; it may be let go."""
+    def __init__(self, *weights: Tensor) -> None:
+        """weights: bf16 [out, in] each, one behind the other, on a CPU; they may be let go."""
         super().__init__()
-        self.rows = len(weight)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.rows = sum(map(len, weights))
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w in weights]), ROWS)
         self._number = next(_NUMBERS)
         _KEPT[self._number] = self
 
@@ -51,6 +51,12 @@ class Part(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self._whole[0](x)[..., self._start : self._start + self._rows]
         return y if bias is None else y + bias
+
+
+def settle(model: Llama, *, rows: int) -> None:
+    """Bring the weights of a model that will only answer into the form that is the fastest: repacked, else joined."""
+    if not repack(model, rows=rows):
+        model.fuse()
 
 
 def repack(model: Llama, *, rows: int) -> bool:
@@ -81,7 +87,7 @@ def _order(norm: Tensor, rows: int) -> type[nn.Module] | None:
 
 def _repack(group: tuple[Linear, ...], make: type[nn.Module]) -> None:
     """Give linears that read one input one weight."""
-    whole = make(torch.cat([linear.weight.detach() for linear in group]))
+    whole = make(*(linear.weight for linear in group))
     start = 0
     for linear in group:
         rows = len(linear.weight)

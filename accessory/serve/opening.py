@@ -125,7 +125,7 @@ def _heads(paths: Sequence[str]) -> int | None:
 
 
 def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
-    """This rank's model. Raises ValueError or OSError for anything that does not fit."""
+    """This rank's model, for `open_engine`. Raises ValueError or OSError for anything that does not fit."""
     from accessory.assemble import open_model
 
     return open_model(
@@ -139,6 +139,7 @@ def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
         max_seq_len=words.max_seq_len,
         anyres_compat=words.anyres_compat,
         weights=words.infer_backend != "vllm",
+        joined=False,
     )
 
 
@@ -172,10 +173,12 @@ def open_engine(
 
         return open_vllm(words, bundle, rows=rows, orientation=turned, tensor_parallel=ranks_here(words), **how)
     from accessory.engine import Engine
-    from accessory.quant import repack
+    from accessory.quant import settle
 
     if for_good:
-        repack(bundle.model, rows=rows)
+        settle(bundle.model, rows=rows)
+    else:
+        bundle.model.fuse()
     return Engine(bundle, ranks, rows=rows, image_transform=words.image_transform, orientation=turned, **how)
 
 

@@ -54,6 +54,7 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
     from accessory.assemble import open_model
     from accessory.data.image import load_picture
     from accessory.engine import Engine
+    from accessory.quant import settle
 
     sampling = _sampling(settings)
     rank = read_place(os.environ).rank
@@ -72,7 +73,9 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
         dtype=dist.dtype_from_name(settings.dtype) if settings.dtype else None,
         quant=settings.quant,
         max_seq_len=settings.max_seq_len,
+        joined=False,
     )
+    settle(bundle.model, rows=ROWS if settings.web else 1)
     window = bundle.config.max_seq_len if settings.max_seq_len else min(bundle.config.max_seq_len, WINDOW)
     with Engine(
         bundle,
