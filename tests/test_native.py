@@ -74,6 +74,17 @@ def test_attention_over_rows_is_the_formula(width: int, heads: int, groups: int,
 
 
 @here
+def test_a_few_tokens_of_a_row_see_what_each_would_see_alone() -> None:
+    torch.manual_seed(0)
+    q, keys, values = drawn(2, 3, 4, 64), drawn(4, 2, 50, 64), drawn(4, 2, 50, 64)
+    positions, rows = torch.tensor([[10, 11, 12], [40, 41, -1]]), torch.tensor([2, 0])
+    y = native.attend(q, keys, values, positions, rows)
+    for at in range(3):
+        alone = native.attend(q[:, at : at + 1], keys, values, positions[:, at : at + 1], rows)
+        assert torch.equal(alone, y[:, at : at + 1])
+
+
+@here
 def test_what_is_no_number_stays_so_in_its_row_alone() -> None:
     torch.manual_seed(0)
     q, keys, values = drawn(2, 1, 2, 32), drawn(2, 2, 40, 32), drawn(2, 2, 40, 32)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accessory import native
 from accessory.dist import Shard
 from accessory.model.cache import Cache, Place
 from accessory.model.parallel import Column, Row, together
 from accessory.model.rope import rotate
 from accessory.model.spelled import spelled_out
-from accessory.native import attend as attend_rows
 
 
 @dataclass
@@ -82,9 +82,11 @@ class Attention(nn.Module):
         if cache is None:
             return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask, starts=starts)
         cache.write(self.layer, place, k, v)
-        if cache.by_row and q.shape[1] == 1 and q.dtype == torch.bfloat16:
+        if cache.by_row and q.shape[1] <= native.FEW and q.dtype == torch.bfloat16:
             window = step.window if self.slides else None
-            return attend_rows(q, cache.keys[self.layer], cache.values[self.layer], step.positions, place.rows, window)
+            return native.attend(
+                q, cache.keys[self.layer], cache.values[self.layer], step.positions, place.rows, window
+            )
         if place.mask is None:
             return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
         keys, values = cache.read(self.layer, place)

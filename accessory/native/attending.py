@@ -1,4 +1,4 @@
-"""Attention of one new token a row over a cache, each row reading its own positions and no others.
+"""Attention of a few new tokens a row over a cache, each token reading its own positions and no others.
 
 Must not know caches or layers: tensors come in.
 """
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from accessory.native.building import library
 
+FEW = 8  # tokens of a row, up to which `attend` is asked: each reads the keys anew
+
 
 def attends(keys: Tensor) -> bool:
     """Whether `attend` can read such keys: bf16 on a CPU, heads of a width that it knows."""
@@ -20,10 +22,11 @@ def attends(keys: Tensor) -> bool:
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor | None = None, window: int | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of bf16 q [B, 1, H, D] over keys, values [rows, G, S, D], G dividing H: [B, 1, H * D].
+    """softmax(q k^T / sqrt(D)) v of bf16 q [B, T, H, D] over keys, values [rows, G, S, D], G dividing H: [B, T, H * D].
 
-    Row b of the batch is row rows[b] of the cache (None: b) and sees what lies at 0 .. positions[b, 0], the newest
-    `window` of it, itself included (None: all); a negative position gives zeros.
+    Row b of the batch is row rows[b] of the cache (None: b); its query t sees what lies at 0 .. positions[b, t], the
+    newest `window` of it, itself included (None: all), and a negative position gives zeros. A query's result is the
+    same alone and among others.
     """
     call = torch.ops.accessory.attend_rows if torch.compiler.is_compiling() else _attend
     return call(q, keys, values, positions, rows, window or 0)
@@ -69,10 +72,10 @@ def _check(keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor | None, window: int) -> Tensor:
     """The kernel's call."""
-    batch, _, heads, width = q.shape
+    batch, length, heads, width = q.shape
     _check(keys, values, rows)
     q, positions = q.contiguous(), positions.contiguous()
-    y = q.new_empty(batch, 1, heads * width)
+    y = q.new_empty(batch, length, heads * width)
     library().attend(
         q.data_ptr(),
         keys.data_ptr(),
@@ -81,6 +84,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Te
         positions.data_ptr(),
         y.data_ptr(),
         batch,
+        length,
         heads,
         keys.shape[1],
         width,
@@ -100,6 +104,6 @@ _LIBRARY.define(
 _LIBRARY.impl("attend_rows", _attend, "CPU")
 torch.library.register_fake(
     "accessory::attend_rows",
-    lambda q, keys, values, positions, rows, window: q.new_empty(len(q), 1, q.shape[2] * q.shape[3]),
+    lambda q, keys, values, positions, rows, window: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
     lib=_LIBRARY,
 )

@@ -31,7 +31,7 @@ CALLS = {
     "pack": "ppnnni",
     "multiply": "pnpppnnni",
     "attends": "n",
-    "attend": "ppppppnnnnnnnfi",
+    "attend": "ppppppnnnnnnnnfi",
     "norm": "pnppnnfi",
     "swiglu": "ppnpnni",
     "norm_backward": "pppppnnfi",

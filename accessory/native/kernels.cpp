@@ -228,29 +228,30 @@ void multiply(const uint16_t* x, long x_stride, const uint16_t* packed, const ui
 // Whether `attend` knows heads of this width.
 int attends(long width) { return attend_of(width) != nullptr; }
 
-// softmax(q k^T scale) v of one query [heads][width] of each of `batch` rows -> y [batch][heads][width].
+// softmax(q k^T scale) v of queries [batch][length][heads][width] -> y of the same shape.
 //
 // keys, values: [rows][kv_heads][positions][width] with the given strides (elements) of the first two; row b of the
-// batch reads row rows[b] (rows null: b) at max(0, p - window + 1) .. p (window 0: from 0), p = positions[b].
-// Where p is negative y is zero.
+// batch reads row rows[b] (rows null: b); its query t sees max(0, p - window + 1) .. p (window 0: from 0) there, where
+// p = positions[b][t]. Where p is negative y is zero.
 void attend(const uint16_t* q, const uint16_t* keys, const uint16_t* values, const int64_t* rows,
-            const int64_t* positions, uint16_t* y, long batch, long heads, long kv_heads, long width, long row_stride,
-            long head_stride, long window, float scale, int threads) {
+            const int64_t* positions, uint16_t* y, long batch, long length, long heads, long kv_heads, long width,
+            long row_stride, long head_stride, long window, float scale, int threads) {
     const Attend one = attend_of(width);
     const long each = heads / kv_heads;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scores;
 #pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < batch * kv_heads; task++) {
-            const long b = task / kv_heads, g = task % kv_heads, count = positions[b] + 1;
+        for (long task = 0; task < batch * kv_heads * length; task++) {
+            const long b = task / length / kv_heads, g = task / length % kv_heads, token = b * length + task % length;
+            const long count = positions[token] + 1;
             const long from = window > 0 ? std::max(0L, count - window) : 0;
             const long start = (rows ? rows[b] : b) * row_stride + g * head_stride + from * width;
             if (count > 0) scores.resize(count - from + 16);
             for (long h = g * each; h < (g + 1) * each; h++) {
-                uint16_t* out = y + (b * heads + h) * width;
+                uint16_t* out = y + (token * heads + h) * width;
                 if (count > 0)
-                    one(q + (b * heads + h) * width, keys + start, values + start, width, count - from, scale,
+                    one(q + (token * heads + h) * width, keys + start, values + start, width, count - from, scale,
                         scores.data(), out);
                 else
                     memset(out, 0, width * sizeof *out);
