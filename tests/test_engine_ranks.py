@@ -31,6 +31,7 @@ OPS: list[Op] = [
     See(0, torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([4, 0, -1, 2])),
     See(1, None),
     Forget(2),
+    Forget(1, 7),
 ]
 
 

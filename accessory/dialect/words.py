@@ -87,7 +87,21 @@ class GenerationWords:
 
 
 @dataclass
-class ServingWords:
+class AheadWords:
+    """Whether an engine looks ahead."""
+
+    speculate: int = 0
+    """Most tokens that each step tries beyond the next one, where the text so far went on with them before: what
+    repeats comes faster, and the answers are the same but for rounding; 0: none."""
+
+    def check_ahead(self) -> None:
+        """ValueError for numbers that cannot be."""
+        if self.speculate < 0:
+            raise ValueError(f"speculate: got {self.speculate}, expected 0 or the most tokens to try in a step")
+
+
+@dataclass
+class ServingWords(AheadWords):
     """How many are answered at once, and what that may cost."""
 
     max_concurrent: int = field(default_factory=lambda: _count("MAX_CONCURRENT", 8))
@@ -107,6 +121,7 @@ class ServingWords:
 
     def check_serving(self) -> None:
         """ValueError for numbers that cannot be."""
+        self.check_ahead()
         for name, least in (("max_concurrent", 1), ("queue", 1), ("prefill_chunk", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from accessory.assemble import Bundle
 from accessory.data.image import Orientation
 from accessory.dist import Ranks
+from accessory.engine.ahead import Ahead
 from accessory.engine.choose import Choice, Chooser, NoNumbers
 from accessory.engine.interrupt import between_steps
 from accessory.engine.prefix import NOTHING, Rows, Seat
@@ -59,6 +60,7 @@ class Engine:
         deterministic: bool = False,
         compiled: bool = False,
         queue: int | None = None,
+        speculate: int = 0,
     ) -> None:
         """rows: requests at once; window: tokens of each, prompt and answer (None: the model's); both cost memory now.
 
@@ -69,6 +71,8 @@ class Engine:
         answers go on in steps of all rows, prompts one by one in pieces cut at multiples of prefill_chunk, and only
         such pieces are reused. Slower where few requests run. compiled: compile the step of answers (static shapes; a
         CUDA graph on a GPU), which takes its time here. queue: most requests that wait (None: any number).
+        speculate: most tokens of an answer that a step tries beside the newest one, where the text so far has them;
+        answers stay the same, but for what rounding differs between shapes. Few rows and text that repeats gain.
         Raises ValueError for numbers below 1, unknown transforms and what excludes each other.
         """
         window = bundle.config.max_seq_len if window is None else window
@@ -77,7 +81,8 @@ class Engine:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         if compiled and deterministic:
             raise ValueError("compiled: got true with deterministic, whose rows attend one by one; drop one of them")
-        self.window, self._leads = window, ranks.leader
+        self.window, self._leads, self.stats = window, ranks.leader, Stats()
+        self._ahead = Ahead(speculate, self.stats, apart=deterministic, grows=bundle.config.rope_grows)
         self._chunk, self._apart = min(prefill_chunk, window), deterministic
         self._full = rows if deterministic or compiled else None
         self._worker = Worker(bundle.model, rows=rows, window=window, compiled=compiled, apart=deterministic)
@@ -101,7 +106,6 @@ class Engine:
         self._rows = Rows(rows, size=window, reuse=reuse, multiple=multiple, usable=self._worker.alike)
         self._turns = Turns()
         self._over = False
-        self.stats = Stats()
 
     # ---- the leader's side
 
@@ -172,11 +176,7 @@ class Engine:
                 turn = self.stats.prompt_steps % 2 == 1
                 return [*failed, *self._feed(together(feeding, chunk=self._chunk, alone=self._apart, shortest=turn))]
             self.stats.answer_steps += 1
-            logits = self._run(tokens(speaking, full=self._full, apart=self._apart))
-            assert logits is not None, "every answer's next token was asked for"
-            for running in speaking:
-                self._rows.say(running.row, running.next_position - 1, running.answer.ids[-1])
-            return [*failed, *self._accept(speaking, logits)]
+            return [*failed, *self._speak(speaking)]
 
     def cancel(self, answer: Answer) -> Result:
         """End an answer where it is: its row is free at once. The result of a finished one does not change."""
@@ -322,6 +322,15 @@ class Engine:
             self._rows.feed(running.row, running.fed)
         ready = [running for running in chosen if not running.feeding]
         return [] if logits is None else self._accept(ready, logits)
+
+    def _speak(self, speaking: list[Running]) -> list[Event]:
+        """One step of the answers: a token of each, and what was proposed rightly."""
+        tried = self._ahead.feed(speaking, self._run)
+        if tried is None:
+            logits = self._run(tokens(speaking, full=self._full, apart=self._apart))
+            assert logits is not None, "every answer's next token was asked for"
+            tried = [[] for _ in speaking], logits
+        return self._ahead.walk(speaking, *tried, say=self._rows.say, accept=self._accept)
 
     def _run(self, op: Op) -> Tensor | None:
         """Do one op on all ranks."""

@@ -89,6 +89,10 @@ class Stats:
     cached_tokens: int = 0
     """Of these, positions that were taken from another request's cache."""
     generated_tokens: int = 0
+    proposed_tokens: int = 0
+    """Tokens of answers that were fed before they were chosen."""
+    accepted_tokens: int = 0
+    """Of these, those that were then chosen."""
     prompt_steps: int = 0
     answer_steps: int = 0
     finished: Counter[str] = field(default_factory=Counter)
@@ -150,17 +154,10 @@ def piece(feeding: Sequence[Running], *, chunk: int, cut: bool) -> Forward:
 
 
 def tokens(speaking: Sequence[Running], *, full: int | None, apart: bool) -> Forward:
-    """The newest token of each answer, by row.
-
-    full: feed that many rows, whoever speaks; None: rows 0 to B-1 are read without a copy of the cache, so a few holes
-    among them are cheaper as padding.
-    """
-    width = speaking[-1].row + 1 if full is None else full
-    whole = full is not None or width <= 2 * len(speaking)
-    rows = list(range(width)) if whole else [running.row for running in speaking]
+    """The newest token of each answer, by row. full: feed that many rows, whoever speaks (see `seats`)."""
+    rows, places, where = seats(speaking, full=full)
     ids, positions = [0] * len(rows), [-1] * len(rows)
-    for number, running in enumerate(speaking):
-        at = running.row if whole else number
+    for at, running in zip(places, speaking, strict=True):
         ids[at], positions[at] = running.answer.ids[-1], running.next_position - 1
     last = [0 if position >= 0 else -1 for position in positions]
     return Forward(
@@ -168,9 +165,22 @@ def tokens(speaking: Sequence[Running], *, full: int | None, apart: bool) -> For
         torch.tensor(positions)[:, None],
         torch.tensor(last),
         max(positions) + 1,
-        _rows(rows),
+        where,
         apart=apart,
     )
+
+
+def seats(speaking: Sequence[Running], *, full: int | None = None) -> tuple[list[int], list[int], torch.Tensor | None]:
+    """The rows that a step of answers feeds, where among them each answer is, and the rows as a `Forward` takes them.
+
+    full: that many rows, whoever speaks; None: rows 0 to B-1 are read without a copy of the cache, so a few holes
+    among them are cheaper as padding.
+    """
+    width = speaking[-1].row + 1 if full is None else full
+    own = [running.row for running in speaking]
+    if full is not None or width <= 2 * len(speaking):
+        return list(range(width)), own, None
+    return own, list(range(len(own))), _rows(own)
 
 
 def _rows(rows: list[int]) -> torch.Tensor | None:

@@ -41,7 +41,7 @@ class Wire:
         elif isinstance(op, Copy):
             self._cast(self._message([_COPY, op.source, op.target, op.length]))
         else:
-            self._cast(self._message([_FORGET, op.row]))
+            self._cast(self._message([_FORGET, op.row, op.start]))
 
     def receive(self) -> Op | None:
         """Wait for the next op, for days if need be; None: the work is over."""
@@ -58,7 +58,7 @@ class Wire:
         if kind == _COPY:
             return Copy(*numbers[:3])
         assert kind == _FORGET, f"ranks are out of step: got a message of kind {kind}"
-        return Forget(numbers[0])
+        return Forget(*numbers[:2])
 
     def _send_forward(self, op: Forward) -> None:
         batch, length = op.ids.shape

@@ -50,9 +50,10 @@ class See:
 
 @dataclass(frozen=True)
 class Forget:
-    """Drop what `See` kept for a row."""
+    """Drop what `See` kept for a row, and what the row holds from a position on."""
 
     row: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Worker:
             self.cache.copy(op.source, op.target, op.length)
         else:
             self._features.pop(op.row, None)
-            self.cache.clear(op.row)
+            self.cache.clear(op.row, op.start)
         return None
 
     def _see(self, op: See) -> None:

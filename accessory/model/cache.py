@@ -68,10 +68,10 @@ class Cache:
         """Bytes of all keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def clear(self, row: int) -> None:
-        """Zero a row. Only a row that may hold NaN needs it: a masked NaN is still NaN in a product."""
+    def clear(self, row: int, start: int = 0) -> None:
+        """Zero a row from a position on. Only what may hold NaN needs it: a masked NaN is still NaN in a product."""
         for tensor in (*self.keys, *self.values):
-            tensor[row].zero_()
+            tensor[row, :, start:].zero_()
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` positions of row `source`, and its adapter's prompt."""

@@ -42,6 +42,7 @@ def open_serving(
         reuse=serving.prefix_reuse,
         deterministic=serving.deterministic,
         compiled=serving.compile,
+        speculate=serving.speculate,
         queue=serving.queue + rows,  # those that are about to get a row wait too; the service counts exactly
     )
 

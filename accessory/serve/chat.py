@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from accessory import dist
 from accessory.config import parse
 from accessory.dialect.translate import translator
-from accessory.dialect.words import GenerationWords, ModelWords
+from accessory.dialect.words import AheadWords, GenerationWords, ModelWords
 from accessory.serve.asking import PLACE, look, question
 from accessory.serve.keyboard import Keyboard
 from accessory.serve.opening import (
@@ -40,7 +40,7 @@ BLOCK, MORE = '"""', "... "
 
 
 @dataclass
-class ChatSettings(ModelWords, GenerationWords):
+class ChatSettings(ModelWords, GenerationWords, AheadWords):
     """Talk with a model; it remembers the conversation."""
 
     image: list[str] = field(default_factory=list)
@@ -54,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse(
         ChatSettings, argv, prog="accessory chat", description=ChatSettings.__doc__ or "", translate=translator("chat")
     )
+    settings.check_ahead()
     check_words(settings, settings)
     if settings.dry_run:
         sys.stdout.write(resolved(settings))
         return 0
     ranks = start_ranks(settings)
     bundle = open_bundle(settings, ranks)
-    with open_engine(settings, bundle, ranks, rows=1, orientation="keep") as engine:
+    with open_engine(settings, bundle, ranks, rows=1, orientation="keep", speculate=settings.speculate) as engine:
         if not ranks.leader:
             engine.follow()
         else:

@@ -163,7 +163,8 @@ def open_engine(
 ) -> Engine:
     """This rank's engine. orientation: of photographs, where the words leave it open. how: as `Engine` takes it.
 
-    for_good: nobody else reads the model's weights, so that they may be reordered.
+    for_good: nobody else reads the model's weights, so that they may be reordered. ValueError as the engine raises it,
+    and for speculate where vLLM is the engine.
     """
     longest = bundle.config.max_seq_len
     how = {"window": longest if words.max_seq_len else min(longest, WINDOW), **how}
@@ -171,6 +172,11 @@ def open_engine(
     if words.infer_backend == "vllm":
         from accessory.serve.vllm import open_vllm
 
+        if ahead := how.pop("speculate", 0):
+            raise ValueError(
+                f"speculate: got {ahead} with infer_backend vllm, which tries tokens in its own way; leave it out, or "
+                "give vllm_config a speculative_config"
+            )
         return open_vllm(words, bundle, rows=rows, orientation=turned, tensor_parallel=ranks_here(words), **how)
     from accessory.engine import Engine
     from accessory.quant import settle

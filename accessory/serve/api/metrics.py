@@ -77,6 +77,8 @@ class _Engine:
             "prompt_tokens": ("Positions of prompts.", stats.prompt_tokens),
             "cached_tokens": ("Of these, taken from an earlier request.", stats.cached_tokens),
             "generated_tokens": ("Tokens of answers.", stats.generated_tokens),
+            "proposed_tokens": ("Tokens of answers that were tried ahead.", stats.proposed_tokens),
+            "accepted_tokens": ("Of these, those that were right.", stats.accepted_tokens),
             "steps": ("Steps of prompts and of answers.", stats.prompt_steps + stats.answer_steps),
         }
         for name, (text, value) in counters.items():
