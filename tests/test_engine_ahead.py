@@ -12,13 +12,15 @@ from api_server import inside
 from engine_toys import ONE, opened, picture, write_model
 from torch import Tensor
 
-from accessory.assemble import Bundle
+from accessory import native
+from accessory.assemble import Bundle, open_model
 from accessory.dialect.words import ModelWords, ServingWords
 from accessory.dist import Ranks
 from accessory.engine import Engine, Event, Grammar, Request, Result, ahead
 from accessory.engine.ahead import FEW, look_up
 from accessory.engine.worker import Forget, Forward, Worker
 from accessory.model import Sampling
+from accessory.quant import settle
 from accessory.serve.budget import open_serving
 from accessory.serve.chat import main as chat
 from accessory.serve.opening import open_engine
@@ -298,3 +300,15 @@ def test_a_compiled_engine_speculates_too(bundle, plain):
     results = ended(engine, list(ASKED.values()))[0]
     assert all(alike(one, two) for one, two in zip(results, plain.values(), strict=True))
     assert engine.stats.accepted_tokens > 20
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels of our own here, whose rows do not depend on each other")
+def test_with_kernels_of_our_own_bf16_answers_are_the_same_to_the_last_bit(tmp_path):
+    sizes = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 192, "endless": True}
+    folder = write_model(tmp_path / "model", "llama", sees=False, **sizes)
+    bundle = open_model([folder], ranks=ONE, dtype=torch.bfloat16, joined=False)
+    settle(bundle.model, rows=3)
+    asked = [raw(logprobs=3), raw("a fox " * 9, logprobs=3), ASKED["drawn"], ASKED["json"]]
+    engine = Engine(bundle, ONE, rows=3, speculate=6)
+    assert engine.generate(asked) == Engine(bundle, ONE, rows=3).generate(asked)
+    assert engine.stats.accepted_tokens > 50
