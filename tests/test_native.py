@@ -74,6 +74,26 @@ def test_attention_over_rows_is_the_formula(width: int, heads: int, groups: int,
 
 
 @here
+@pytest.mark.parametrize(
+    ("width", "heads", "groups", "window"), [(64, 4, 4, None), (128, 8, 2, 37), (32, 4, 1, 7), (96, 3, 3, None)]
+)
+@pytest.mark.parametrize("length", [9, 12, 100, 131])
+def test_attention_of_many_tokens_is_the_formula(width: int, heads: int, groups: int, window, length: int) -> None:
+    torch.manual_seed(0)
+    q, keys, values = drawn(3, length, heads, width), drawn(5, groups, 180, width), drawn(5, groups, 180, width)
+    starts, rows = torch.tensor([0, 17, 40]), torch.tensor([4, 0, 2])
+    positions = starts[:, None] + torch.arange(length)
+    positions[1, 5:] = -1
+    keys[:, :, 172:] = values[:, :, 172:] = float("nan")  # what lies behind is not even multiplied by nothing
+    y = native.attend(q, keys, values, positions, rows, window)
+    assert y.shape == (3, length, heads * width) and not y[1, 5:].any()
+    for at in range(3):
+        for token in range(5 if at == 1 else length):
+            expected = plain(q[at, token], keys[rows[at]], values[rows[at]], int(positions[at, token]), window)
+            assert (y[at, token].double() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+@here
 def test_a_few_tokens_of_a_row_see_what_each_would_see_alone() -> None:
     torch.manual_seed(0)
     q, keys, values = drawn(2, 3, 4, 64), drawn(4, 2, 50, 64), drawn(4, 2, 50, 64)
@@ -212,9 +232,8 @@ def test_without_a_compiler_a_line_says_so_and_torch_goes_on(
 def test_what_does_not_compile_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = tmp_path / "kernels.cpp"
-    broken.write_text("this is not C++\n")
-    monkeypatch.setattr(building, "SOURCE", broken)
+    (tmp_path / "kernels.cpp").write_text("this is not C++\n")
+    monkeypatch.setattr(building, "SOURCES", tmp_path)
     assert tried(monkeypatch, tmp_path / "cache") is None
     assert "no kernels of our own" in caplog.text
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -235,10 +254,10 @@ def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @here
 def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = building.built(building.SOURCE)
+    made = building.built(building.SOURCES)
     assert made.parent == tmp_path / "accessory" / "native" and list(made.parent.iterdir()) == [made]
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert building.built(building.SOURCE) == made
+    assert building.built(building.SOURCES) == made
 
 
 @here

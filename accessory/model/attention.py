@@ -82,7 +82,7 @@ class Attention(nn.Module):
         if cache is None:
             return attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask, starts=starts)
         cache.write(self.layer, place, k, v)
-        if cache.by_row and q.shape[1] <= native.FEW and q.dtype == torch.bfloat16:
+        if cache.by_row and q.dtype == torch.bfloat16:
             window = step.window if self.slides else None
             return native.attend(
                 q, cache.keys[self.layer], cache.values[self.layer], step.positions, place.rows, window

@@ -60,7 +60,7 @@ class Cache:
         self.rows, self.size, self.extent = rows, size, size
         self.reads: list[int] | None = None
         self.by_row = attends(self.keys[0])
-        """Whether a few new tokens a row are attended to by a kernel that reads each row as far as it goes."""
+        """Whether new tokens are attended to by a kernel that reads each row as far as it goes."""
         self._slots = torch.arange(size, device=device)
 
     @property

@@ -4,14 +4,13 @@ Must not know models. They are compiled by the machine's g++ at first use and ke
 False, and whoever asks goes on with torch's.
 """
 
-from accessory.native.attending import FEW, attend, attends, store
+from accessory.native.attending import attend, attends, store
 from accessory.native.building import available
 from accessory.native.memory import zeros
 from accessory.native.pointwise import norm, norm_backward, rotate, serves, swiglu, swiglu_backward
 from accessory.native.product import Packed
 
 __all__ = [
-    "FEW",
     "Packed",
     "attend",
     "attends",

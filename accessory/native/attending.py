@@ -1,4 +1,4 @@
-"""Attention of a few new tokens a row over a cache, each token reading its own positions and no others.
+"""Attention of new tokens over a cache, each token reading its own positions and no others.
 
 Must not know caches or layers: tensors come in.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from accessory.native.building import library
 
-FEW = 8  # tokens of a row, up to which `attend` is asked: each reads the keys anew
+FEW = 8  # queries of a row, up to which each reads the keys by itself, and is the same alone and among others
 
 
 def attends(keys: Tensor) -> bool:
@@ -25,8 +25,8 @@ def attend(
     """softmax(q k^T / sqrt(D)) v of bf16 q [B, T, H, D] over keys, values [rows, G, S, D], G dividing H: [B, T, H * D].
 
     Row b of the batch is row rows[b] of the cache (None: b); its query t sees what lies at 0 .. positions[b, t], the
-    newest `window` of it, itself included (None: all), and a negative position gives zeros. A query's result is the
-    same alone and among others.
+    newest `window` of it, itself included (None: all), and a negative position gives zeros. Up to FEW queries a row
+    give what each would give alone; of more, the weights are rounded to bf16.
     """
     call = torch.ops.accessory.attend_rows if torch.compiler.is_compiling() else _attend
     return call(q, keys, values, positions, rows, window or 0)
@@ -76,7 +76,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Te
     _check(keys, values, rows)
     q, positions = q.contiguous(), positions.contiguous()
     y = q.new_empty(batch, length, heads * width)
-    library().attend(
+    call = library().attend if length <= FEW else library().attend_many
+    call(
         q.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),

@@ -20,7 +20,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).parent
 INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *(f"-m{name}" for name in INSTRUCTIONS))
 OFF = "ACCESSORY_NATIVE"
@@ -32,6 +32,7 @@ CALLS = {
     "multiply": "pnpppnnni",
     "attends": "n",
     "attend": "ppppppnnnnnnnnfi",
+    "attend_many": "ppppppnnnnnnnnfi",
     "norm": "pnppnnfi",
     "swiglu": "ppnpnni",
     "norm_backward": "pppppnnfi",
@@ -56,7 +57,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(OFF) == "0" or not suits(processor()):
         return None
     try:
-        kernels = ctypes.CDLL(str(built(SOURCE)))
+        kernels = ctypes.CDLL(str(built(SOURCES)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         log.warning("no kernels of our own, torch's are slower here: %s", said.strip().partition("\n")[0])
@@ -79,25 +80,29 @@ def processor() -> set[str]:
     return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
 
 
-def built(source: Path) -> Path:
-    """The compiled file below $XDG_CACHE_HOME/accessory/native (~/.cache), made now where it is not there.
+def built(sources: Path) -> Path:
+    """What a folder's sources compile to, below $XDG_CACHE_HOME/accessory/native (~/.cache); made where it is missing.
 
     Raises OSError without a compiler or a place to write, CalledProcessError for what does not compile.
     """
-    compiler, openmp = shutil.which(os.environ.get("CXX", "g++")), _openmp()
-    name = hashlib.sha256("\0".join([source.read_text(encoding="utf-8"), *FLAGS, openmp]).encode()).hexdigest()[:16]
+    openmp, texts = _openmp(), [path.read_text(encoding="utf-8") for path in sorted(sources.glob("*.[ch]*"))]
+    name = hashlib.sha256("\0".join([*texts, *FLAGS, openmp]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accessory" / "native"
     target = folder / f"kernels-{name}.so"
     if target.exists():
         return target
+    named = os.environ.get("CXX", "g++")
+    compiler = shutil.which(named)
     if compiler is None:
-        raise OSError(f"{os.environ.get('CXX', 'g++')}: got no such compiler, expected g++; install it")
+        raise OSError(f"{named}: got no such compiler, expected g++; install it")
     log.info("compiling the kernels for this machine, once ...")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may be at it
-        part, whole = Path(made) / "kernels.o", Path(made) / "kernels.so"
-        _call([compiler, *FLAGS, "-c", str(source), "-o", str(part)])
-        _call([compiler, "-shared", str(part), openmp, "-o", str(whole)])
+        parts, whole = [], Path(made) / "kernels.so"
+        for source in sorted(sources.glob("*.cpp")):
+            parts.append(f"{made}/{source.stem}.o")
+            _call([compiler, *FLAGS, "-c", str(source), "-o", parts[-1]])
+        _call([compiler, "-shared", *parts, openmp, "-o", str(whole)])
         whole.replace(target)
     return target
 

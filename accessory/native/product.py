@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from accessory.native.building import library
 from accessory.native.memory import zeros
 
-PANEL, GROUP = 64, 16  # outputs of a panel, and of what it is packed by, as in kernels.cpp
+PANEL, GROUP = 64, 16  # outputs of a panel, and of what it is packed by, as in common.h
 
 
 class Packed(nn.Module):
