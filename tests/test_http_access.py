@@ -70,6 +70,7 @@ def test_neither_prompts_nor_answers_are_written_down_and_no_line_can_be_forged(
         "/v1/chat/completions", {**body, "nonsense": marker}, headers={"authorization": headers["authorization"]}
     )
     locked.get("/v1/%0aforged%0d%1b[31m", headers={"authorization": headers["authorization"]})
+    locked.get("/v1/models", headers={"authorization": headers["authorization"]})  # a line is written behind its answer
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("accessory")]
     assert ours and not any("6.6.6.6" in line for line in ours)
     assert not any(marker in line or "eve" in line or KEY in line for line in ours)

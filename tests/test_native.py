@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from accessory import native
+from accessory.model import Cache
 from accessory.model.pointwise import rms_norm, swiglu
 from accessory.model.rope import Rope, rotate
 from accessory.native import building
@@ -44,6 +46,25 @@ def test_a_row_of_a_product_is_the_same_alone_and_among_others() -> None:
     assert all(torch.equal(packed(x[:, at]), whole[:, at]) for at in range(41))
     assert torch.equal(packed(x.transpose(0, 1)).transpose(0, 1), whole)
     assert torch.equal(packed(torch.cat([x, x], -1)[..., :96]), whole)
+
+
+@here
+def test_no_rows_give_no_rows_and_other_numbers_are_refused() -> None:
+    packed = native.Packed(drawn(20, 32))
+    assert packed(drawn(0, 32)).shape == (0, 20) and packed(drawn(32)).shape == (20,)
+    with pytest.raises(AssertionError, match="no kernel for"):
+        packed(torch.zeros(2, 32))
+    with pytest.raises(AssertionError, match="no kernel for"):
+        packed.float()(torch.zeros(2, 32))
+
+
+@here
+def test_a_place_beyond_the_cache_is_refused_before_a_kernel_sees_it() -> None:
+    cache = Cache(1, rows=2, size=16, kv_heads=2, head_dim=32, device="cpu", dtype=torch.bfloat16)
+    assert cache.by_row
+    for rows, positions in ((None, [[16]]), (None, [[1], [1], [1]]), (torch.tensor([2]), [[1]])):
+        with pytest.raises(AssertionError, match="of 16 positions"):
+            cache.place(rows, torch.tensor(positions))
 
 
 def plain(q: Tensor, keys: Tensor, values: Tensor, last: int, window: int | None) -> Tensor:
@@ -195,6 +216,21 @@ def test_gradients_are_those_of_the_formulas_in_fp32(rows: tuple[int, int]) -> N
 
 
 @here
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_gradient_reaches_either_input_where_the_other_one_is_frozen(which: int) -> None:
+    torch.manual_seed(0)
+    for formula, given in (
+        (lambda x, weight: rms_norm(x, weight, 1e-5), (drawn(4, 32), drawn(32))),
+        (swiglu, (drawn(4, 32), drawn(4, 32))),
+    ):
+        both = [t.clone().requires_grad_() for t in given]
+        formula(*both).sum().backward()
+        one = [t.clone().requires_grad_(at == which) for at, t in enumerate(given)]
+        formula(*one).sum().backward()
+        assert torch.equal(one[which].grad, both[which].grad) and one[1 - which].grad is None
+
+
+@here
 def test_they_are_called_for_bf16_in_whole_registers_alone() -> None:
     x = drawn(2, 32)
     assert native.serves(x) and not native.serves(x.float()) and not native.serves(x[:, :10])
@@ -206,6 +242,16 @@ def test_memory_in_huge_pages_is_zero_and_writable(numbers: int) -> None:
     assert tensor.shape == (2, numbers) and not tensor.any()
     tensor[1, -1] = 2
     assert tensor.sum() == 2
+
+
+def test_a_system_without_huge_pages_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(mmap.mmap):
+        def madvise(self, *how: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refused)
+    tensor = native.zeros([5 << 20], dtype=torch.float32)
+    assert tensor.shape == (5 << 20,) and not tensor.any()
 
 
 def test_processors_are_told_apart() -> None:
@@ -245,6 +291,24 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(
     (tmp_path / "accessory").write_text("in the way\n")
     assert tried(monkeypatch, tmp_path) is None
     assert "no kernels of our own" in caplog.text
+
+
+def test_without_a_home_torch_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tried(monkeypatch, tmp_path, XDG_CACHE_HOME="") is None
+    assert "Could not determine home directory" in caplog.text
+
+
+@here
+def test_what_another_system_left_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    building.built(building.SOURCES).write_bytes(b"not a library")
+    assert tried(monkeypatch, tmp_path) is not None
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ class Cache:
         """The slots of tokens at positions [B, T] of rows [B] (None: 0..B-1), and what they may see; padding: key 0."""
         batch, length = positions.shape
         assert 0 < self.extent <= self.size, f"extent {self.extent} of a cache of {self.size}"
+        if self.by_row and not torch.compiler.is_compiling():  # kernels look no further
+            last, row = int(positions.max()), batch - 1 if rows is None else int(rows.max())
+            assert last < self.size and row < self.rows, f"{last} of {self.size} positions, {row} of {self.rows} rows"
         index = (self._slots[:batch] if batch <= self.size else torch.arange(batch)) if rows is None else rows
         where = (index.to(positions.device)[:, None], slice(None), positions)
         if self.extent == length and _starts_over(positions):

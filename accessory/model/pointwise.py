@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accessory import native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim (arXiv 1910.07467), the division in fp32, the result as x."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) and not torch.compiler.is_compiling():
         return _Norm.apply(x, weight, eps)
     if native.serves(x) and weight.dtype == x.dtype:
         return native.norm(x, weight, eps)
@@ -24,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202)."""
-    if torch.is_grad_enabled() and gate.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad) and not torch.compiler.is_compiling():
         return _SwiGlu.apply(gate, up)
     if native.serves(gate):
         return native.swiglu(gate, up)
@@ -46,6 +47,7 @@ class _Norm(torch.autograd.Function):
         return (wide * scale).type_as(x) * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.eps is not None:
             return *native.norm_backward(*ctx.saved_tensors, dy, ctx.eps, of_weight=ctx.needs_input_grad[1]), None
@@ -69,6 +71,7 @@ class _SwiGlu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         if native.serves(gate):

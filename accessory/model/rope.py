@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from accessory import native
 
@@ -95,6 +96,7 @@ class _Rotation(torch.autograd.Function):
         return native.rotate(x, turns)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
         return native.rotate(dy, *ctx.saved_tensors, backwards=True), None
 

@@ -36,12 +36,12 @@ def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
     """Write k, v [B, T, G, D] to such a cache at positions [B, T] of rows [B] (None: 0 .. B-1); -1 is the last slot."""
     batch, length, groups, width = k.shape
     k, v, positions = _dense(k), _dense(v), positions.contiguous()
-    _check(keys, values, rows)
+    _check(keys, values, positions, rows)
     library().store(
         k.data_ptr(),
         v.data_ptr(),
-        k.stride(1),
-        v.stride(1),
+        k.stride(1 if length > 1 else 0),
+        v.stride(1 if length > 1 else 0),
         keys.data_ptr(),
         values.data_ptr(),
         None if rows is None else rows.data_ptr(),
@@ -61,19 +61,21 @@ def _dense(x: Tensor) -> Tensor:
     """x [B, T, G, D] as it is where its tokens lie evenly, each without gaps; else a copy that does."""
     batch, length, groups, width = x.shape
     within = x.stride()[2:] == (width, 1) or groups == 1 and x.stride(3) == 1
-    return x if within and (batch == 1 or x.stride(0) == length * x.stride(1)) else x.contiguous()
+    return x if within and (batch == 1 or length == 1 or x.stride(0) == length * x.stride(1)) else x.contiguous()
 
 
-def _check(keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
-    """Our own invariants of a cache."""
+def _check(keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor | None) -> None:
+    """Our own invariants of a cache; that rows and positions are within it is its own affair (`Cache.place`)."""
     lies = keys.stride() == values.stride() and keys.stride()[2:] == (keys.shape[3], 1)
-    assert lies and (rows is None or rows.is_contiguous()), f"no cache: {keys.stride()}, {values.stride()}"
+    assert lies and keys.dtype == values.dtype == torch.bfloat16, f"no cache: {keys.stride()}, {values.stride()}"
+    assert positions.dtype == torch.int64 and (rows is None or rows.dtype == torch.int64), "places are int64"
+    assert rows is None or rows.is_contiguous(), f"rows {rows.stride()}"
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor | None, window: int) -> Tensor:
     """The kernel's call."""
     batch, length, heads, width = q.shape
-    _check(keys, values, rows)
+    _check(keys, values, positions, rows)
     q, positions = q.contiguous(), positions.contiguous()
     y = q.new_empty(batch, length, heads * width)
     call = library().attend if length <= FEW else library().attend_many

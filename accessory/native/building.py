@@ -11,9 +11,11 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", *(f"-m{name}" for name in INS
 OFF = "ACCESSORY_NATIVE"
 """Environment: 0 for torch's kernels alone."""
 PATIENCE = 120  # seconds that a compiler may take
+KEPT = 90 * 24 * 3600  # seconds that what was compiled is kept, once something newer is
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 CALLS = {
     "pack": "ppnnni",
@@ -57,14 +60,25 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(OFF) == "0" or not suits(processor()):
         return None
     try:
-        kernels = ctypes.CDLL(str(built(SOURCES)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        log.warning("no kernels of our own, torch's are slower here: %s", said.strip().partition("\n")[0])
+        kernels = _opened(SOURCES)
+    except Exception as error:  # whatever it is, torch's kernels are there
+        said = getattr(error, "stderr", None)
+        text = said if isinstance(said, str) and said.strip() else str(error)
+        log.warning("no kernels of our own, torch's are slower here: %s", text.strip().partition("\n")[0])
         return None
     for name, letters in CALLS.items():
         getattr(kernels, name).argtypes = [TYPES[letter] for letter in letters]
     return kernels
+
+
+def _opened(sources: Path) -> ctypes.CDLL:
+    """The kernels; what cannot be opened, as another system's compiler made it, is compiled again."""
+    file = built(sources)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:
+        file.unlink()
+        return ctypes.CDLL(str(built(sources)))
 
 
 def suits(flags: set[str]) -> bool:
@@ -91,32 +105,36 @@ def built(sources: Path) -> Path:
     target = folder / f"kernels-{name}.so"
     if target.exists():
         return target
-    named = os.environ.get("CXX", "g++")
-    compiler = shutil.which(named)
-    if compiler is None:
-        raise OSError(f"{named}: got no such compiler, expected g++; install it")
+    named = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(named[0]) is None:
+        raise OSError(f"{named[0]}: got no such compiler, expected g++; install it")
     log.info("compiling the kernels for this machine, once ...")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:  # several ranks may be at it
         parts, whole = [], Path(made) / "kernels.so"
         for source in sorted(sources.glob("*.cpp")):
             parts.append(f"{made}/{source.stem}.o")
-            _call([compiler, *FLAGS, "-c", str(source), "-o", parts[-1]])
-        _call([compiler, "-shared", *parts, openmp, "-o", str(whole)])
+            _call([*named, *FLAGS, "-c", str(source), "-o", parts[-1]])
+        _call([*named, "-shared", "-Wl,-z,defs", *parts, openmp, "-o", str(whole)])
         whole.replace(target)
+    for old in folder.glob("kernels-*.so"):
+        if old.stat().st_mtime < time.time() - KEPT:
+            old.unlink(missing_ok=True)
     return target
 
 
 def _openmp() -> str:
     """The OpenMP library that torch has opened; OSError where it is not GNU's."""
     torch.get_num_threads()
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        found = sorted({line.split(maxsplit=5)[5].strip() for line in maps if "libgomp" in line})
-    if not found:
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        found = {parts[5].rstrip("\n") for line in maps if len(parts := line.split(maxsplit=5)) == 6}
+    named = sorted(path for path in found if Path(path).name.startswith("libgomp"))
+    home = str(Path(torch.__file__).parent)
+    if not named:
         raise OSError("libgomp: got a torch without it, expected torch's wheel for Linux")
-    return found[0]
+    return next((path for path in named if path.startswith(home)), named[0])
 
 
 def _call(command: list[str]) -> None:
     """Run a compiler; what it says comes with the error."""
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=PATIENCE)

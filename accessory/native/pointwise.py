@@ -22,7 +22,7 @@ def serves(x: Tensor) -> bool:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dim; weight bf16."""
-    flat, y = _rows(x), torch.empty(x.shape, dtype=x.dtype)
+    flat, y = _rows(x), x.new_empty(x.shape)
     rows, width = flat.shape
     threads = torch.get_num_threads()
     library().norm(flat.data_ptr(), flat.stride(0), weight.data_ptr(), y.data_ptr(), rows, width, eps, threads)
@@ -35,7 +35,7 @@ def norm_backward(
     """The gradients of x and, where wanted, of the weight, which is summed in fp32."""
     x, dy, threads = x.contiguous(), dy.contiguous(), torch.get_num_threads()
     width, dx = x.shape[-1], torch.empty_like(x)
-    parts = torch.zeros(threads, width) if of_weight else None
+    parts = x.new_zeros(threads, width, dtype=torch.float32) if of_weight else None
     library().norm_backward(
         x.data_ptr(),
         weight.data_ptr(),
@@ -52,7 +52,8 @@ def norm_backward(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    left, right, y = _rows(gate), _rows(up), torch.empty(gate.shape, dtype=gate.dtype)
+    assert gate.dtype == up.dtype and gate.shape == up.shape, f"{gate.dtype} {gate.shape}, {up.dtype} {up.shape}"
+    left, right, y = _rows(gate), _rows(up), gate.new_empty(gate.shape)
     if left.stride(0) != right.stride(0):
         left, right = left.contiguous(), right.contiguous()
     threads = torch.get_num_threads()
@@ -72,7 +73,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, turns: Tensor, *, backwards: bool = False) -> Tensor:
     """The pairs of x [B, T, H, D] turned by turns [B, T, 1, D / 2, 2], fp32 cosines and sines; or turned back."""
     batch, length, heads, width = x.shape
-    flat, y = _rows(x.flatten(2)), torch.empty(x.shape, dtype=x.dtype)
+    flat, y = _rows(x.flatten(2)), x.new_empty(x.shape)
     turns = turns.expand(batch, length, 1, width // 2, 2).contiguous()
     library().rotate(
         flat.data_ptr(),
@@ -90,5 +91,5 @@ def rotate(x: Tensor, turns: Tensor, *, backwards: bool = False) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., n] as [rows, n] whose numbers lie side by side, copied only where they do not."""
-    flat = x.flatten(0, -2)
+    flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()

@@ -44,7 +44,10 @@ class Packed(nn.Module):
 
 def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """The product itself."""
-    flat = _even(x).flatten(0, -2)
+    dtypes = {x.dtype, packed.dtype, *(() if bias is None else (bias.dtype,))}
+    assert dtypes == {torch.bfloat16} and x.device == packed.device, f"no kernel for {dtypes} on {x.device}"
+    flat = _even(x)
+    flat = flat.reshape(-1, flat.shape[-1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)

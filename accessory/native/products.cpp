@@ -16,6 +16,7 @@ void pack(const uint16_t* weight, uint16_t* packed, long start, long outputs, lo
 // y [rows][outputs] = x [rows][inputs] W^T + bias, of a packed W; x lies x_stride apart, y without gaps.
 void multiply(const uint16_t* x, long x_stride, const uint16_t* packed, const uint16_t* bias, uint16_t* y, long rows,
               long outputs, long inputs, int threads) {
+    if (rows <= 0) return;
     const long pairs = inputs / 2, panels = (outputs + PANEL - 1) / PANEL, size = pairs * 2 * PANEL;
     const long wanted = std::max(1L, std::min(4L * threads / panels, rows / (8 * ROWS)));
     const long block = ((rows + wanted - 1) / wanted + ROWS - 1) / ROWS * ROWS, blocks = (rows + block - 1) / block;
