@@ -20,6 +20,7 @@ from accessory.data.tiles import ANYRES, ASPECTS, Geometry
 from accessory.data.tokenizer import Tokenizer, open_tokenizer
 from accessory.dist import Ranks, Shard, default_dtype
 from accessory.model import Linear, Llama, LlamaConfig, cuts_of
+from accessory.native import available
 from accessory.peft import PeftConfig, apply_peft
 from accessory.vision import VisionConfig, build_vision
 
@@ -85,15 +86,15 @@ def open_model(
     max_seq_len: int | None = None,
     anyres_compat: Literal["llava", "hf"] | None = None,
     weights: bool = True,
-    joined: bool = True,
+    answers: bool = False,
 ) -> Bundle:
     """Open folders of weights (base, then delta or PEFT folders in order) as this rank's model, for inference.
 
     Without paths: the tiny model that ships with the package. llama_type, llama_config (JSON files, later ones
     override) and tokenizer_path are for folders that do not say. dtype: of weights and computation, None for the
     device's default. quant: the layers' linears in NF4. max_seq_len: the window in tokens. anyres_compat: whose tiling
-    a LLaVA follows, None for its folder's family. weights: False leaves it on meta. joined: weights that read one input
-    share a buffer; False where `quant.settle` follows.
+    a LLaVA follows, None for its folder's family. weights: False leaves it on meta. answers: it will do nothing else,
+    and `quant.settle` follows; else weights that read one input share a buffer.
     Raises ValueError or OSError for anything that does not fit; then nothing is half loaded.
     """
     if not paths:
@@ -118,9 +119,9 @@ def open_model(
     dtype = default_dtype(ranks.device, checkpoint.main_dtype()) if dtype is None else dtype
     model = build(spec, shard=ranks.shard, dtype=dtype)
     if weights:
-        load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant)
+        load(model, checkpoint, device=ranks.device, dtype=dtype, quant=quant, packed=answers)
     model.eval().requires_grad_(False)
-    if weights and joined:
+    if weights and not answers:
         model.fuse()
     return Bundle(
         model=model,
@@ -183,6 +184,7 @@ def load(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     quant: bool = False,
+    packed: bool = False,
     optional: Collection[str] = (),
     wide: Collection[str] = (),
 ) -> None:
@@ -190,10 +192,13 @@ def load(
 
     quant: the weights of the layers' linears become NF4 as they arrive, so no more than one of them is whole at once;
     embedding, head, norms, vision and PEFT keep their dtype. optional: may be absent, and then stay on meta.
-    wide: come in fp32 whatever `dtype` says.
+    wide: come in fp32 whatever `dtype` says. packed: weights are packed as they arrive where our kernels multiply, for
+    a model that only answers.
     """
-    if quant:
-        from accessory.quant import quantise
+    from accessory.quant import Packer, quantise
+
+    here = available() and dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+    packer = Packer(model) if packed and here and not quant else None
     modules = dict(model.named_modules())
     dtypes = {key: torch.float32 for key in wide}
     for key, tensor in checkpoint.tensors(cuts_of(model), dtype=dtype, optional=optional, dtypes=dtypes):
@@ -201,7 +206,7 @@ def load(
         module, tensor = modules[owner], tensor.to(device)
         if quant and leaf == "weight" and isinstance(module, Linear):
             quantise(module, tensor)
-        else:
+        elif packer is None or leaf != "weight" or not packer.take(module, tensor):
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in optional]
     left += [name for name, tensor in model.named_buffers() if tensor.is_meta]

@@ -306,7 +306,7 @@ def test_a_compiled_engine_speculates_too(bundle, plain):
 def test_with_kernels_of_our_own_bf16_answers_with_up_to_seven_proposals_are_the_same_to_the_last_bit(tmp_path):
     sizes = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 192, "endless": True}
     folder = write_model(tmp_path / "model", "llama", sees=False, **sizes)
-    bundle = open_model([folder], ranks=ONE, dtype=torch.bfloat16, joined=False)
+    bundle = open_model([folder], ranks=ONE, dtype=torch.bfloat16, answers=True)
     settle(bundle.model, rows=3)
     asked = [raw(logprobs=3), raw("a fox " * 9, logprobs=3), ASKED["drawn"], ASKED["json"]]
     engine = Engine(bundle, ONE, rows=3, speculate=7)

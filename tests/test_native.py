@@ -244,14 +244,24 @@ def test_memory_in_huge_pages_is_zero_and_writable(numbers: int) -> None:
     assert tensor.sum() == 2
 
 
-def test_a_system_without_huge_pages_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refused(mmap.mmap):
-        def madvise(self, *how: int) -> None:
-            raise OSError(22, "Invalid argument")
+def test_what_is_widened_keeps_its_numbers_and_may_go_meanwhile() -> None:
+    kept, gone = (native.zeros([9 << 20], dtype=torch.int32) for _ in range(2))
+    kept.copy_(torch.arange(9 << 20))
+    for tensor in (gone, kept, torch.zeros(3)):
+        native.widen(tensor)
+    del gone, tensor
+    native.widened()
+    assert torch.equal(kept, torch.arange(9 << 20))
 
-    monkeypatch.setattr(mmap, "mmap", Refused)
-    tensor = native.zeros([5 << 20], dtype=torch.float32)
-    assert tensor.shape == (5 << 20,) and not tensor.any()
+
+def test_where_there_is_no_room_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*how: int, **more: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        native.zeros([1 << 50], dtype=torch.float32)
+    assert not native.zeros([1 << 20], dtype=torch.float32).any()
 
 
 def test_processors_are_told_apart() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from accessory.native import zeros
+from accessory.native import widen, zeros
 
 READ_BYTES = 2 << 30
 SIDE = 4096
@@ -24,7 +24,8 @@ class Ceilings:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._numbers = zeros([READ_BYTES // 4], dtype=torch.float32, device=device).fill_(0.5)  # as our weights lie
+        self._numbers = zeros([READ_BYTES // 4], dtype=torch.float32, device=device).fill_(0.5)
+        widen(self._numbers)  # as our weights are
         self._matrix = torch.randn(SIDE, SIDE, device=device).bfloat16()
 
     def memory_read(self, times: int = 5) -> float:

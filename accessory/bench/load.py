@@ -34,7 +34,7 @@ from accessory.quant import settle
 folder, device, dtype = sys.argv[1], torch.device(sys.argv[2]), getattr(torch, sys.argv[3])
 checkpoint = open_folders(folder)
 model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
-load(model, checkpoint, device=device, dtype=dtype)
+load(model, checkpoint, device=device, dtype=dtype, packed=True)
 model.eval().requires_grad_(False)
 settle(model, rows=1)
 with torch.inference_mode():

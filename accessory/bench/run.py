@@ -27,6 +27,7 @@ from accessory.bench.sides import SIDES, Side
 from accessory.bench.training import measure_training
 from accessory.config import parse
 from accessory.dist import dtype_from_name, pick_device
+from accessory.native import widened
 
 WHAT = ("decode", "prefill", "load", "train", "serve")
 
@@ -120,6 +121,7 @@ def _speed(what: str, settings: Settings, device: torch.device, about: dict) -> 
     measure, limit = (_decode, limits.memory_read) if what == "decode" else (_prefill, limits.matmul)
     for side in sides.values():
         measure(side, settings, device)  # warm up
+    widened()
     rates: dict[str, list[float]] = {name: [] for name in names}
     tops = []
     for _ in range(settings.rounds):

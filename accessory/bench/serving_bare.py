@@ -48,7 +48,7 @@ class Loop:
 
         checkpoint = open_folders(folder)
         self.model = build(read_spec(checkpoint.config, llama_type="llama"), dtype=dtype)
-        load(self.model, checkpoint, device=device, dtype=dtype)
+        load(self.model, checkpoint, device=device, dtype=dtype, packed=True)
         self.model.eval().requires_grad_(False)
         settle(self.model, rows=rows)
         self.cache = self.model.new_cache(rows=rows, size=window)

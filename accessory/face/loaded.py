@@ -225,7 +225,7 @@ class Model:
 
 def serve(words: ModelWords, ranks: Ranks, *, rows: int) -> None:
     """On a rank that follows: take part until the leader closes."""
-    bundle = open_bundle(words, ranks)
+    bundle = open_bundle(words, ranks, for_good=False)
     with open_engine(words, bundle, ranks, rows=rows, orientation="keep", for_good=False) as engine:
         engine.follow()
     dist.close()
@@ -244,7 +244,7 @@ def _leading(words: ModelWords, tp: int, rows: int) -> Model:
 
 
 def _opened(words: ModelWords, ranks: Ranks, *, rows: int, joined: bool = False) -> Model:
-    bundle = open_bundle(words, ranks)
+    bundle = open_bundle(words, ranks, for_good=False)
     engine = open_engine(words, bundle, ranks, rows=rows, orientation="keep", for_good=False)
     return Model(bundle, engine, words=words, joined=joined)
 

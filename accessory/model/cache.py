@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accessory.native import attends, store, zeros
+from accessory.native import attends, store, widen, zeros
 
 STEP = 64  # what is read grows in such steps: few shapes, for kernels that are prepared per shape
 
@@ -56,6 +56,8 @@ class Cache:
         # filled, so that what does not fit is known now
         self.keys = [zeros(shape, device=device, dtype=dtype).zero_() for _ in range(layers)]
         self.values = [zeros(shape, device=device, dtype=dtype).zero_() for _ in range(layers)]
+        for tensor in (*self.keys, *self.values):
+            widen(tensor)
         self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows, self.size, self.extent = rows, size, size
         self.reads: list[int] | None = None

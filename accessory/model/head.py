@@ -63,7 +63,11 @@ class Head(nn.Module):
 
     def store(self, make: Callable[[Tensor], nn.Module]) -> None:
         """Let a module hold the weight in its own way, hidden -> local logits, for inference; a tied one is copied."""
-        self.storage = make((self._tied[0].weight if self._tied else self.weight).detach())
+        self.put(make((self._tied[0].weight if self._tied else self.weight).detach()))
+
+    def put(self, storage: nn.Module) -> None:
+        """Let this module hold the weight."""
+        self.storage = storage
         if not self._tied:
             self.weight = None
 

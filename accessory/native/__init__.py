@@ -6,11 +6,12 @@ False, and whoever asks goes on with torch's.
 
 from accessory.native.attending import attend, attends, store
 from accessory.native.building import available
-from accessory.native.memory import zeros
+from accessory.native.memory import widen, widened, zeros
 from accessory.native.pointwise import norm, norm_backward, rotate, serves, swiglu, swiglu_backward
-from accessory.native.product import Packed
+from accessory.native.product import GROUP, Packed
 
 __all__ = [
+    "GROUP",
     "Packed",
     "attend",
     "attends",
@@ -22,5 +23,7 @@ __all__ = [
     "store",
     "swiglu",
     "swiglu_backward",
+    "widen",
+    "widened",
     "zeros",
 ]

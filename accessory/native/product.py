@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accessory.native.building import library
-from accessory.native.memory import zeros
+from accessory.native.memory import widen, zeros
 
 PANEL, GROUP = 64, 16  # outputs of a panel, and of what it is packed by, as in common.h
 
@@ -24,16 +24,37 @@ class Packed(nn.Module):
         They may be let go.
         """
         super().__init__()
-        assert all(w.dtype == torch.bfloat16 and w.device.type == "cpu" for w in weights), f"no kernel: {weights}"
         if any(len(weight) % GROUP for weight in weights[:-1]):
             weights = (torch.cat(weights),)
-        self.rows, inputs = sum(map(len, weights)), _even(weights[0]).shape[1]
-        packed = zeros([-(-self.rows // PANEL) * PANEL * inputs], dtype=torch.bfloat16)
-        start, threads = 0, torch.get_num_threads()
+        self._reserve(sum(map(len, weights)), weights[0].shape[1])
+        start = 0
         for weight in weights:
-            weight = _even(weight.detach()).contiguous()
-            library().pack(weight.data_ptr(), packed.data_ptr(), start, len(weight), inputs, threads)
+            self.put(start, weight.detach())
             start += len(weight)
+
+    @classmethod
+    def empty(cls, rows: int, inputs: int) -> Packed:
+        """Room for weights that are still to come, `rows` outputs in all."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._reserve(rows, inputs)
+        return made
+
+    def put(self, start: int, weight: Tensor) -> None:
+        """Pack a weight [out, in] from output `start` on, a multiple of GROUP; it may be let go."""
+        assert weight.dtype == torch.bfloat16 and weight.device.type == "cpu", f"no kernel for {weight.dtype} here"
+        assert start % GROUP == 0 and start + len(weight) <= self.rows, f"{len(weight)} at {start} of {self.rows}"
+        weight = _even(weight).contiguous()
+        place = weight.data_ptr(), self.packed.data_ptr(), start, *weight.shape
+        library().pack(*place, torch.get_num_threads())
+        self._left -= len(weight)
+        if not self._left:
+            widen(self.packed)
+
+    def _reserve(self, rows: int, inputs: int) -> None:
+        """Take the memory."""
+        self.rows = self._left = rows
+        packed = zeros([-(-rows // PANEL) * PANEL * (inputs + inputs % 2)], dtype=torch.bfloat16)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

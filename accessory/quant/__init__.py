@@ -4,6 +4,6 @@ Must not know which model the linears belong to, nor where weights come from.
 """
 
 from accessory.quant.nf4 import Nf4, quantise
-from accessory.quant.repacked import repack, settle
+from accessory.quant.repacked import Packer, repack, settle
 
-__all__ = ["Nf4", "quantise", "repack", "settle"]
+__all__ = ["Nf4", "Packer", "quantise", "repack", "settle"]

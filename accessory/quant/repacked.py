@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from accessory.model import Llama
 from accessory.model.parallel import Linear
-from accessory.native import Packed, available
+from accessory.native import GROUP, Packed, available
 
 ROWS = 16  # how many rows oneDNN's order is made for; others are multiplied too
 
@@ -62,18 +63,47 @@ def settle(model: Llama, *, rows: int) -> None:
 def repack(model: Llama, *, rows: int) -> bool:
     """Reorder all weights of a model that will only answer, `rows` at once, where that helps; whether it was done.
 
-    On a CPU, in bf16. The plain weights are let go; what is quantised stays as it is.
+    On a CPU, in bf16. The plain weights are let go; what is quantised, or packed already, stays as it is.
     """
     make = _order(model.norm.weight, rows)
     if make is None:
         return False
-    for layer in model.layers:
-        attention, ffn = layer.attention, layer.feed_forward
-        for group in ((attention.wq, attention.wk, attention.wv), (ffn.w1, ffn.w3), (attention.wo,), (ffn.w2,)):
-            if all(linear.storage is None for linear in group):
-                _repack(group, make)
-    model.output.store(make)
+    for group in _groups(model):
+        if all(linear.storage is None for linear in group):
+            whole = make(*(linear.weight for linear in group))
+            for linear, start in _starts(group):
+                _hand_over(linear, whole, start, group)
+    if model.output.storage is None:
+        model.output.store(make)
     return True
+
+
+class Packer:
+    """Packs the weights of a model as they arrive, so that none is there twice; `repack` does what is left."""
+
+    def __init__(self, model: Llama) -> None:
+        """model: on meta; its weights will come in bf16 to a CPU where the kernels are `available`."""
+        self._model = model
+        self._groups: dict[Linear, tuple[Linear, ...]] = {}
+        self._wholes: dict[tuple[Linear, ...], Packed] = {}
+        for group in _groups(model):
+            if all(start % GROUP == 0 for _, start in _starts(group)):
+                self._groups |= dict.fromkeys(group, group)
+
+    def take(self, module: nn.Module, weight: Tensor) -> bool:
+        """Whether this module's weight was packed, and may be let go."""
+        if module is self._model.output:
+            module.put(Packed(weight))
+            return True
+        if module not in self._groups:
+            return False
+        group = self._groups[module]
+        if group not in self._wholes:
+            self._wholes[group] = Packed.empty(sum(map(_outputs, group)), weight.shape[1])
+        start = dict(_starts(group))[module]
+        self._wholes[group].put(start, weight)
+        _hand_over(module, self._wholes[group], start, group)
+        return True
 
 
 def _order(norm: Tensor, rows: int) -> type[nn.Module] | None:
@@ -85,16 +115,31 @@ def _order(norm: Tensor, rows: int) -> type[nn.Module] | None:
     return Reordered if rows > 1 and torch.backends.mkldnn.is_available() else None
 
 
-def _repack(group: tuple[Linear, ...], make: type[nn.Module]) -> None:
-    """Give linears that read one input one weight."""
-    whole = make(*(linear.weight for linear in group))
+def _groups(model: Llama) -> Iterator[tuple[Linear, ...]]:
+    """Linears that read one input, layer by layer."""
+    for layer in model.layers:
+        attention, ffn = layer.attention, layer.feed_forward
+        yield from ((attention.wq, attention.wk, attention.wv), (ffn.w1, ffn.w3), (attention.wo,), (ffn.w2,))
+
+
+def _starts(group: tuple[Linear, ...]) -> Iterator[tuple[Linear, int]]:
+    """Each linear of a group, and its first output among all of theirs."""
     start = 0
     for linear in group:
-        rows = len(linear.weight)
-        linear.storage = whole if len(group) == 1 else Part(whole, start, rows)
-        linear.pack = whole if len(group) > 1 else None
-        linear.weight = None
-        start += rows
+        yield linear, start
+        start += _outputs(linear)
+
+
+def _outputs(linear: Linear) -> int:
+    """Outputs of a linear on this rank."""
+    return linear.cuts["weight"].local_shape[0]
+
+
+def _hand_over(linear: Linear, whole: nn.Module, start: int, group: tuple[Linear, ...]) -> None:
+    """Let a linear multiply by its rows of the group's weight."""
+    linear.storage = whole if len(group) == 1 else Part(whole, start, _outputs(linear))
+    linear.pack = whole if len(group) > 1 else None
+    linear.weight = None
 
 
 _NUMBERS = itertools.count()

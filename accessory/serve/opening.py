@@ -124,8 +124,8 @@ def _heads(paths: Sequence[str]) -> int | None:
     return None
 
 
-def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
-    """This rank's model, for `open_engine`. Raises ValueError or OSError for anything that does not fit."""
+def open_bundle(words: ModelWords, ranks: Ranks, *, for_good: bool = True) -> Bundle:
+    """This rank's model, for `open_engine`, which says what `for_good` is. ValueError or OSError where it does not fit."""
     from accessory.assemble import open_model
 
     return open_model(
@@ -139,7 +139,7 @@ def open_bundle(words: ModelWords, ranks: Ranks) -> Bundle:
         max_seq_len=words.max_seq_len,
         anyres_compat=words.anyres_compat,
         weights=words.infer_backend != "vllm",
-        joined=False,
+        answers=for_good,
     )
 
 
@@ -183,8 +183,6 @@ def open_engine(
 
     if for_good:
         settle(bundle.model, rows=rows)
-    else:
-        bundle.model.fuse()
     return Engine(bundle, ranks, rows=rows, image_transform=words.image_transform, orientation=turned, **how)
 
 

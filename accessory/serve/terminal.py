@@ -73,7 +73,7 @@ def talk(kind: Kind, argv: Sequence[str] | None = None) -> None:
         dtype=dist.dtype_from_name(settings.dtype) if settings.dtype else None,
         quant=settings.quant,
         max_seq_len=settings.max_seq_len,
-        joined=False,
+        answers=True,
     )
     settle(bundle.model, rows=ROWS if settings.web else 1)
     window = bundle.config.max_seq_len if settings.max_seq_len else min(bundle.config.max_seq_len, WINDOW)
