@@ -125,7 +125,7 @@ def _heads(paths: Sequence[str]) -> int | None:
 
 
 def open_bundle(words: ModelWords, ranks: Ranks, *, for_good: bool = True) -> Bundle:
-    """This rank's model, for `open_engine`, which says what `for_good` is. ValueError or OSError where it does not fit."""
+    """This rank's model, for `open_engine`, which says what `for_good` is. ValueError or OSError for what fits not."""
     from accessory.assemble import open_model
 
     return open_model(
