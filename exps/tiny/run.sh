@@ -9,6 +9,8 @@ out=${1:-output/tiny}
 python=${PYTHON:-python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONHASHSEED=0 CUDA_VISIBLE_DEVICES=
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE
+# the roundings that the recipe's bars were measured with, whatever the processor; 1: kernels of our own where it has them
+export ACCESSORY_NATIVE=${ACCESSORY_NATIVE:-0}
 [[ ! -e $out ]] || { echo "run.sh: $out is there already; name another folder or remove it" >&2; exit 2; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
