@@ -12,7 +12,7 @@ from accessory import native
 from accessory.assemble import Bundle, open_model
 from accessory.dist import Ranks
 from accessory.engine import Engine, Request, Result
-from accessory.quant import repack
+from accessory.quant import repack, settle
 from spawn import run_ranks
 
 KINDS = {
@@ -89,6 +89,17 @@ def _job(ranks: Ranks, folder: Path) -> list[Result] | None:
     bundle = opened(folder, ranks)
     assert repack(bundle.model, rows=3)
     return answers(bundle, ranks, deterministic=True)
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels of our own here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_as_they_arrive_weights_are_those_that_are_packed_afterwards(kind: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", kind, **KINDS[kind])
+    after, arriving = opened(folder), opened(folder, answers=True)
+    assert all(linear.weight is None for linear in arriving.model.linears().values())
+    for bundle in (after, arriving):
+        settle(bundle.model, rows=1)
+    assert torch.equal(logits(after, 3), logits(arriving, 3))
 
 
 def test_one_row_keeps_a_plain_weight_where_only_onednn_is_there(tmp_path: Path, monkeypatch) -> None:

@@ -26,7 +26,7 @@ class Side(Protocol):
 
 
 class Ours:
-    """The decoder as the engine runs it: fused weights in its own order, a static cache."""
+    """The decoder as the engine runs it: its weights in the form for answers, a static cache."""
 
     def __init__(self, config: LlamaConfig, *, window: int, device: torch.device, dtype: torch.dtype) -> None:
         self.model = Llama(config, device=device, dtype=dtype).eval().requires_grad_(False)

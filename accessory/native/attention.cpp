@@ -197,14 +197,17 @@ void attend_many(const uint16_t* q, const uint16_t* keys, const uint16_t* values
             const long b = task / chunks / kv_heads, g = task / chunks % kv_heads;
             const long begin = chunk * CHUNK, end = std::min(begin + CHUNK, length);
             const int64_t* places = positions + b * length;
-            const long start = (rows ? rows[b] : b) * row_stride + g * head_stride;
-            block.hold(keys + start, values + start, *std::max_element(places + begin, places + end) + 1, width);
+            const long most = *std::max_element(places + begin, places + end) + 1;
+            const long least = *std::min_element(places + begin, places + end) + 1;
+            const long low = window > 0 ? std::max(0L, least - window) : 0;  // nobody looks further back
+            const long start = (rows ? rows[b] : b) * row_stride + g * head_stride + low * width;
+            block.hold(keys + start, values + start, most - low, width);
             for (long h = g * each; h < (g + 1) * each; h++)
                 for (long t = begin; t < end; t += ROWS) {
                     const long n = std::min(ROWS, end - t), at = (b * length + t) * stride + h * width;
                     long from[ROWS], count[ROWS];
                     for (long i = 0; i < n; i++) {
-                        count[i] = places[t + i] + 1;
+                        count[i] = places[t + i] + 1 - low;
                         from[i] = window > 0 ? std::max(0L, count[i] - window) : 0;
                     }
                     block.attend(q + at, stride, n, width, from, count, scale, y + at);

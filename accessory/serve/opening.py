@@ -125,7 +125,10 @@ def _heads(paths: Sequence[str]) -> int | None:
 
 
 def open_bundle(words: ModelWords, ranks: Ranks, *, for_good: bool = True) -> Bundle:
-    """This rank's model, for `open_engine`, which says what `for_good` is. ValueError or OSError for what fits not."""
+    """This rank's model, for `open_engine`, which says what `for_good` is.
+
+    Raises ValueError or OSError for anything that does not fit.
+    """
     from accessory.assemble import open_model
 
     return open_model(
